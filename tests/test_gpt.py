@@ -1,0 +1,213 @@
+"""gpt.py against transformers' GPT-2, and what must hold of any GPT."""
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+from conftest import make_gpt
+from gpt import GPT, GPTConfig, replacing, sample
+
+SHAPES = [dict(), dict(n_layer=1, n_head=1, n_embd=16, vocab_size=300), dict(n_layer=3, n_head=6, n_embd=48, block_size=20)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_those_of_transformers_reading_our_directory(tmp_path, idx, shape):
+    model = make_gpt(**shape)
+    model.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_those_of_transformers_writing_the_directory(tmp_path, idx, shape):
+    make_gpt(**shape).save_pretrained(tmp_path / "a")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "a").eval()
+    theirs.save_pretrained(tmp_path / "b")
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "b").eval()(idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
+
+
+def test_a_model_without_biases_survives_its_directory_and_transformers(tmp_path, idx):
+    model = make_gpt(bias=False)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(GPT.from_pretrained(tmp_path).eval()(idx)[0], model(idx)[0])
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
+
+
+def test_saving_and_loading_is_bitwise(tmp_path, model, idx):
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+
+
+def test_loss_is_the_cross_entropy_of_the_targets(model, idx):
+    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    p = logits.softmax(-1).gather(2, idx[:, 1:, None]).squeeze(2)
+    assert loss.item() == pytest.approx(-p.log().mean().item(), rel=1e-5)
+
+
+def test_an_untrained_model_is_as_uncertain_as_a_uniform_guess():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.preset("tiny"))
+    idx = torch.randint(2048, (4, 65))
+    assert model(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(math.log(2048), abs=0.1)
+
+
+def test_the_future_cannot_change_the_past(model, idx):
+    other = idx.clone()
+    other[:, 10:] = (other[:, 10:] + 1) % 97
+    a, b = model(idx)[0], model(other)[0]
+    torch.testing.assert_close(a[:, :10], b[:, :10], atol=1e-6, rtol=0)
+    assert not torch.allclose(a[:, 10], b[:, 10], atol=1e-2)
+
+
+def test_residual_projections_start_smaller_by_the_root_of_their_number():
+    torch.manual_seed(0)
+    block = GPT(GPTConfig.preset("tiny")).transformer.h[0]
+    assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for projection in (block.attn.c_proj, block.mlp.c_proj):
+        assert projection.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * 4), rel=0.05)
+
+
+def test_parameter_counts_are_gpt2s():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT(GPTConfig.preset("gpt2")).parameters()) == 124_439_808
+
+
+def uncached_greedy(model, idx, n):
+    for _ in range(n):
+        idx = torch.cat((idx, model(idx[:, -model.config.block_size:])[0][:, -1:].argmax(-1)), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("prompt, n", [(1, 31), (20, 30), (32, 5), (40, 20)])       # within, across and beyond the context
+def test_cached_greedy_equals_uncached_greedy(prompt, n):
+    model = make_gpt(seed=3)
+    idx = torch.randint(97, (3, prompt))
+    assert torch.equal(model.generate(idx, n, temperature=0), uncached_greedy(model, idx, n))
+
+
+def test_greedy_continuation_equals_transformers(tmp_path, model, idx):
+    model.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    out = theirs.generate(idx, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(idx, 12, temperature=0), out)
+
+
+def test_rows_stop_on_their_own_and_the_loop_stops_with_the_last(model, idx):
+    free = model.generate(idx, 12, temperature=0)
+    stop = free[0, 24].item()                       # a token that row 0 writes within the twelve
+    out = model.generate(idx, 12, temperature=0, stop_token=stop)
+    lengths = []
+    for row, whole in zip(out[:, 20:].tolist(), free[:, 20:].tolist()):
+        n = whole.index(stop) + 1 if stop in whole else 12
+        assert row[:n] == whole[:n] and set(row[n:]) <= {stop}
+        lengths.append(n)
+    assert out.size(1) == 20 + max(lengths) and lengths[0] <= 5
+
+
+def test_top_k_1_is_greedy(model, idx):
+    assert torch.equal(model.generate(idx, 10, temperature=1.0, top_k=1), model.generate(idx, 10, temperature=0))
+
+
+def test_samples_follow_the_distribution_and_its_cuts():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = p.log().expand(20_000, 4)
+    torch.manual_seed(0)
+
+    def shares(**cut):
+        return torch.bincount(sample(logits, **cut).flatten(), minlength=4) / 20_000
+
+    torch.testing.assert_close(shares(), p, atol=0.015, rtol=0)
+    torch.testing.assert_close(shares(temperature=0.5), p**2 / (p**2).sum(), atol=0.015, rtol=0)
+    torch.testing.assert_close(shares(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.015, rtol=0)
+    torch.testing.assert_close(shares(top_p=0.7), torch.tensor([0.625, 0.375, 0, 0]), atol=0.015, rtol=0)
+    torch.testing.assert_close(shares(top_p=0.01), torch.tensor([1.0, 0, 0, 0]), atol=0, rtol=0)
+
+
+def test_generating_leaves_the_mode_as_it_was(model, idx):
+    model.train()
+    model.generate(idx, 2)
+    assert model.training
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(n_head=5), "heads"), (dict(n_layer=0), "n_layer"), (dict(n_embd="64"), "n_embd"), (dict(dropout=1.0), "dropout"),
+    (dict(vocab_size=True), "vocab_size"), (dict(bias="no"), "bias"), (dict(dropout=float("nan")), "dropout")])
+def test_a_shape_that_cannot_be_built_is_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        make_gpt(**change)
+
+
+def test_bad_arguments_of_generate_are_refused(model, idx):
+    for bad in (dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            model.generate(idx, 1, **bad)
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate(idx[:, :0], 1)
+    with pytest.raises(ValueError, match="block size"):
+        model(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="tiny"):
+        GPTConfig.preset("huge")
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda d: (d / "model.safetensors").unlink(), "does not exist"),
+    (lambda d: (d / "config.json").unlink(), "does not exist"),
+    (lambda d: (d / "config.json").write_text("{"), "config.json"),
+    (lambda d: (d / "config.json").write_text("[1]"), "config.json"),
+    (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:5000]), "whole safetensors"),
+    (lambda d: (d / "model.safetensors").write_bytes(b""), "whole safetensors"),
+    (lambda d: change_config(d, n_embd=32), "does not fit"),
+    (lambda d: change_config(d, n_layer=-1), "n_layer"),
+    (lambda d: change_config(d, activation_function="gelu"), "activation_function"),
+    (lambda d: change_config(d, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+    (lambda d: drop_tensor(d, "transformer.ln_f.weight"), "transformer.ln_f.weight"),
+])
+def test_a_damaged_or_foreign_directory_is_refused(tmp_path, model, damage, says):
+    model.save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        GPT.from_pretrained(tmp_path)
+
+
+def change_config(dir, **changes):
+    config = json.loads((dir / "config.json").read_text())
+    (dir / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def drop_tensor(dir, name):
+    tensors = load_file(dir / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, dir / "model.safetensors")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as beside:
+        beside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_dropout_only_acts_in_training(idx):
+    model = make_gpt(dropout=0.5)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_targets_of_minus_100_do_not_count(model, idx):
+    targets = idx.clone()
+    targets[:, :10] = -100
+    logits, loss = model(idx, targets)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[:, 10:].flatten(0, 1), idx[:, 10:].flatten()).item(), rel=1e-5)
