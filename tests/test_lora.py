@@ -1,0 +1,380 @@
+"""lora_minimal.py against PEFT, and what must hold of LoRA on any model."""
+import copy
+import json
+import math
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GPT2LMHeadModel
+
+import lora_minimal
+from conftest import make_gpt
+from lora_minimal import (LoRALinear, apply_lora, disable_lora, load_lora, load_lora_state_dict, lora_parameters,
+                          lora_state_dict, merge_lora, remove_lora, save_lora, unmerge_lora)
+
+TARGETS = ("c_attn", "c_proj", "c_fc")
+
+
+def adapted(seed=0, std=0.1, **settings):
+    """A small GPT with LoRA whose B is not zero, as after training."""
+    model = make_gpt(seed)
+    apply_lora(model, **{**dict(r=4, alpha=16, target_modules=TARGETS), **settings})
+    for name, p in lora_state_dict(model).items():
+        nn.init.normal_(p, std=std)
+    return model
+
+
+def plain_names(model):
+    return {name for name, _ in model.named_parameters()}
+
+
+# ---- the layer -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16), (16,)])
+def test_forward_is_the_equation(shape):
+    torch.manual_seed(0)
+    base = nn.Linear(16, 24)
+    layer = LoRALinear(base, r=3, alpha=7)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(shape)
+    expected = x @ base.weight.T + base.bias + 7 / 3 * x @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=0)
+
+
+def test_the_weight_is_shared_and_never_copied():
+    base = nn.Linear(16, 24)
+    layer = LoRALinear(base, r=3, alpha=7)
+    assert layer.weight is base.weight and layer.bias is base.bias
+
+
+def test_scaling_is_alpha_over_r_or_over_its_root():
+    assert LoRALinear(nn.Linear(4, 4), r=4, alpha=16).scaling == 4
+    assert LoRALinear(nn.Linear(4, 4), r=4, alpha=16, use_rslora=True).scaling == 8
+
+
+def test_initialisation_is_that_of_peft():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(400, 8), r=8, alpha=16)
+    assert not layer.lora_B.any()
+    assert layer.lora_A.abs().max() <= 1 / math.sqrt(400)
+    assert layer.lora_A.std().item() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.05)
+
+
+def test_adapters_of_a_bf16_base_are_float32_and_the_output_is_bf16():
+    layer = LoRALinear(nn.Linear(16, 24, dtype=torch.bfloat16), r=3, alpha=7)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    assert layer(torch.randn(5, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_dropout_acts_on_the_adapter_alone():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(16, 24), r=3, alpha=7, dropout=0.5)
+    x = torch.randn(5, 16)
+    assert torch.equal(layer(x), layer.eval()(x)), "with B = 0 there is nothing to drop"
+    nn.init.normal_(layer.lora_B)
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_layers_survive_deepcopy():
+    model = adapted()
+    twin = copy.deepcopy(model)
+    idx = torch.arange(10)[None]
+    assert torch.equal(twin(idx)[0], model(idx)[0])
+    lora_parameters(twin)[0].data.zero_()
+    assert not torch.equal(twin(idx)[0], model(idx)[0])
+
+
+# ---- applying --------------------------------------------------------------------------------------------------------
+
+def test_with_b_zero_the_model_is_bitwise_the_base(model, idx):
+    before = model(idx)[0]
+    apply_lora(model)
+    assert torch.equal(model(idx)[0], before)
+
+
+def test_base_names_survive_and_only_a_and_b_train(model):
+    before = plain_names(model)
+    names = apply_lora(model)
+    assert len(names) == 4 * 2
+    added = {f"{name}.{part}" for name in names for part in ("lora_A", "lora_B")}
+    assert plain_names(model) == before | added
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == added
+    widths = 64 + 192, 64 + 64, 64 + 256, 256 + 64          # in + out of the four linears of a block
+    assert sum(p.numel() for p in lora_parameters(model)) == 2 * 8 * sum(widths)
+
+
+def test_targets_match_whole_components_as_in_peft(model):
+    linear = copy.deepcopy(model)
+    for targets in (["c_proj"], ["attn.c_proj"], ["mlp.c_proj", "c_attn"], ["h.1.attn.c_attn"]):
+        ours = copy.deepcopy(linear)
+        names = apply_lora(ours, target_modules=targets)
+        theirs = peft.get_peft_model(copy.deepcopy(linear), peft.LoraConfig(r=8, target_modules=targets))
+        assert set(names) == set(theirs.targeted_module_names)
+
+
+@pytest.mark.parametrize("bad, says", [
+    (dict(target_modules=["proj"]), "'proj' matches no module"), (dict(target_modules=["c_attn", "typo"]), "typo"),
+    (dict(target_modules=[]), "empty"), (dict(target_modules=["attn"]), "not an nn.Linear"),
+    (dict(target_modules=["lm_head"]), "shares its weight"), (dict(r=0), "rank"), (dict(r=True), "rank"), (dict(r=2.0), "rank"),
+    (dict(alpha=float("nan")), "alpha"), (dict(alpha=0), "alpha"), (dict(dropout=1.0), "dropout"), (dict(dropout=-0.1), "dropout")])
+def test_a_bad_argument_is_refused_and_changes_nothing(model, bad, says):
+    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=says):
+        apply_lora(model, **bad)
+    after = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    assert before.keys() == after.keys() and all(before[k][0] is after[k][0] and before[k][1] == after[k][1] for k in before)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+def test_applying_twice_is_refused(model):
+    apply_lora(model)
+    with pytest.raises(ValueError, match="has LoRA already"):
+        apply_lora(model)
+
+
+def test_any_module_with_linears_can_be_adapted():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
+    assert apply_lora(net, r=2, target_modules=["0", "2"][:1]) == ["0", "2.0"]
+
+
+def test_a_model_without_lora_is_told_so(model):
+    for call in (lora_parameters, lora_state_dict, merge_lora, unmerge_lora, remove_lora):
+        with pytest.raises(ValueError, match="no LoRA layers"):
+            call(model)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+def train_steps(model, idx, n, lr=1e-2):
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=lr)
+    for _ in range(n):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_the_first_step_moves_b_and_not_a(model, idx):
+    apply_lora(model)
+    before = {name: p.clone() for name, p in lora_state_dict(model).items()}
+    train_steps(model, idx, 1, lr=1e-3)
+    for name, p in lora_state_dict(model).items():
+        if name.endswith("lora_B"):
+            assert not torch.equal(p, before[name])
+        else:       # its gradient is exactly zero: what is left is AdamW's weight decay
+            torch.testing.assert_close(p, before[name] * (1 - 1e-3 * 1e-2), atol=1e-8, rtol=0)
+
+
+def test_the_base_stays_frozen_bit_for_bit_and_the_loss_falls(model, idx):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    apply_lora(model)
+    first = model(idx[:, :-1], idx[:, 1:])[1].item()
+    train_steps(model, idx, 20)
+    assert model(idx[:, :-1], idx[:, 1:])[1].item() < 0.8 * first
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], p) for name, p in before.items())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_outputs_and_gradients_equal_pefts(model, idx, rslora):
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(
+        r=4, lora_alpha=16, target_modules=list(TARGETS), use_rslora=rslora))
+    apply_lora(model, r=4, alpha=16, target_modules=TARGETS, use_rslora=rslora)
+    their_parameters = dict(theirs.named_parameters())
+    pairs = []
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.1)
+            q = their_parameters[f"base_model.model.{name}.default.weight"]
+            q.data.copy_(p.data)
+            pairs.append((p, q))
+    (ours, our_loss), (other, their_loss) = model(idx, idx), theirs(idx, idx)
+    torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-5)
+    our_loss.backward()
+    their_loss.backward()
+    assert len(pairs) == 16
+    for p, q in pairs:
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------
+
+def test_merging_gives_w_plus_ba_and_the_same_outputs(idx):
+    model = adapted()
+    before, layer = model(idx)[0], model.transformer.h[0].attn.c_attn
+    expected = layer.weight + 4 * layer.lora_B @ layer.lora_A
+    merge_lora(model)
+    torch.testing.assert_close(layer.weight, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(idx)[0], before, atol=2e-5, rtol=0)
+
+
+def test_merging_twice_is_merging_once(idx):
+    model = adapted()
+    merge_lora(model)
+    once = model(idx)[0]
+    merge_lora(model)
+    assert torch.equal(model(idx)[0], once)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerging_restores_the_base_bit_for_bit(dtype):
+    model = adapted().to(dtype)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    merge_lora(model)
+    assert not torch.equal(model.transformer.h[0].attn.c_attn.weight, before["transformer.h.0.attn.c_attn.weight"])
+    unmerge_lora(model)
+    unmerge_lora(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_state_dict_saved_while_merged_cannot_apply_the_adapter_twice(idx):
+    model = adapted()
+    before, state = model(idx)[0], {name: p.clone() for name, p in model.state_dict().items()}
+    merge_lora(model)
+    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
+    other = adapted(seed=5)
+    merge_lora(other)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(idx)[0], before)
+
+
+def test_removing_gives_the_base_and_after_merging_the_merged_model(idx):
+    base, model = make_gpt()(idx)[0], adapted()
+    tuned = model(idx)[0]
+    merged = copy.deepcopy(model)
+    remove_lora(model)
+    assert torch.equal(model(idx)[0], base) and plain_names(model) == plain_names(make_gpt())
+    merge_lora(merged)
+    remove_lora(merged)
+    torch.testing.assert_close(merged(idx)[0], tuned, atol=2e-5, rtol=0)
+    assert plain_names(merged) == plain_names(make_gpt())
+    assert not any(isinstance(m, LoRALinear) for m in [*model.modules(), *merged.modules()])
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabling_gives_the_base_bit_for_bit_and_ends_with_the_block(idx, merged):
+    model = adapted()
+    if merged:
+        merge_lora(model)
+    tuned = model(idx)[0]
+    with disable_lora(model):
+        assert torch.equal(model(idx)[0], make_gpt()(idx)[0])
+    assert torch.equal(model(idx)[0], tuned)
+    with pytest.raises(RuntimeError), disable_lora(model):
+        raise RuntimeError
+    assert torch.equal(model(idx)[0], tuned)
+
+
+# ---- state dicts and files -------------------------------------------------------------------------------------------
+
+def test_the_state_dict_round_trips_through_safetensors(tmp_path, idx):
+    model, other = adapted(), adapted(seed=0, std=0.3)
+    save_file(lora_state_dict(model), tmp_path / "lora.safetensors")
+    load_lora_state_dict(other, load_file(tmp_path / "lora.safetensors"))
+    assert torch.equal(other(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda s: s.pop("transformer.h.0.attn.c_attn.lora_A"), "lacks transformer.h.0.attn.c_attn.lora_A"),
+    (lambda s: s.update(extra=torch.zeros(1)), "extra"),
+    (lambda s: s.update({"transformer.h.0.attn.c_attn.lora_A": torch.zeros(5, 64)}), "shape"),
+    (lambda s: s["transformer.h.1.mlp.c_fc.lora_B"].fill_(math.nan), "NaN")])
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(idx, change, says):
+    model = adapted()
+    before, state = model(idx)[0], {name: p.clone() for name, p in adapted(seed=9).state_dict().items() if "lora" in name}
+    change(state)
+    with pytest.raises(ValueError, match=says):
+        load_lora_state_dict(model, state)
+    assert torch.equal(model(idx)[0], before)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(r=1, alpha=3), dict(target_modules=["attn.c_proj"]), dict(use_rslora=True)])
+def test_peft_reads_what_we_write(tmp_path, idx, settings):
+    model = adapted(**settings)
+    make_gpt().save_pretrained(tmp_path / "base")
+    save_lora(model, tmp_path / "adapter")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(idx).logits, model(idx)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(r=2, lora_alpha=5), dict(target_modules="all-linear"), dict(use_rslora=True)])
+def test_we_read_what_peft_writes(tmp_path, idx, settings):
+    make_gpt().save_pretrained(tmp_path / "base")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**{
+        **dict(r=4, lora_alpha=16, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True), **settings})).eval()
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = make_gpt()
+    load_lora(model, tmp_path / "adapter")
+    torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
+
+
+def test_a_second_adapter_is_loaded_over_the_first(tmp_path, idx):
+    first, second = adapted(seed=1), adapted(seed=1, std=0.2)
+    save_lora(second, tmp_path)
+    load_lora(first, tmp_path)
+    assert torch.equal(first(idx)[0], second(idx)[0])
+
+
+def write_config(dir, **changes):
+    config = json.loads((dir / "adapter_config.json").read_text())
+    (dir / "adapter_config.json").write_text(json.dumps({k: v for k, v in {**config, **changes}.items() if v != "drop"}))
+
+
+def write_tensors(dir, change):
+    tensors = load_file(dir / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, dir / "adapter_model.safetensors")
+
+
+FIRST = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda d: (d / "adapter_config.json").unlink(), "does not exist"),
+    (lambda d: (d / "adapter_model.safetensors").unlink(), "does not exist"),
+    (lambda d: (d / "adapter_config.json").write_text("{"), "JSON"),
+    (lambda d: (d / "adapter_config.json").write_text("[1]"), "JSON"),
+    (lambda d: (d / "adapter_model.safetensors").write_bytes((d / "adapter_model.safetensors").read_bytes()[:900]), "whole"),
+    (lambda d: write_config(d, use_dora=True), "use_dora"),
+    (lambda d: write_config(d, bias="all"), "bias"),
+    (lambda d: write_config(d, modules_to_save=["lm_head"]), "modules_to_save"),
+    (lambda d: write_config(d, peft_type="IA3"), "peft_type"),
+    (lambda d: write_config(d, init_lora_weights="pissa"), "init_lora_weights"),
+    (lambda d: write_config(d, alora_invocation_tokens=[1]), "alora"),
+    (lambda d: write_config(d, some_future_variant=1), "some_future_variant"),
+    (lambda d: write_config(d, lora_alpha="drop"), "lora_alpha"),
+    (lambda d: write_config(d, r=5), "shape"),
+    (lambda d: write_config(d, r="x"), "rank|shape"),
+    (lambda d: write_config(d, lora_alpha=-1), "alpha"),
+    (lambda d: write_tensors(d, lambda t: t.pop(FIRST)), "missing"),
+    (lambda d: write_tensors(d, lambda t: t.clear()), "not a plain LoRA"),
+    (lambda d: write_tensors(d, lambda t: t.update(extra=torch.zeros(1))), "not a plain LoRA"),
+    (lambda d: write_tensors(d, lambda t: t[FIRST].fill_(math.inf)), "infinite"),
+    (lambda d: write_tensors(d, lambda t: t.update({FIRST: torch.zeros(4, 32)})), "another base"),
+])
+def test_a_damaged_or_foreign_adapter_is_refused_and_changes_nothing(tmp_path, model, idx, damage, says):
+    save_lora(adapted(), tmp_path)
+    damage(tmp_path)
+    before, grads = model(idx)[0], [p.requires_grad for p in model.parameters()]
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        load_lora(model, tmp_path)
+    assert torch.equal(model(idx)[0], before) and grads == [p.requires_grad for p in model.parameters()]
+
+
+def test_an_adapter_for_other_layers_is_refused(tmp_path):
+    save_lora(adapted(), tmp_path)
+    with pytest.raises(ValueError, match="another base"):
+        load_lora(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+
+
+def test_the_module_stands_alone():
+    source = open(lora_minimal.__file__, encoding="utf-8").read()
+    assert "import gpt" not in source and "from gpt" not in source and "from data" not in source
