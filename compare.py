@@ -1,0 +1,253 @@
+"""
+What a way of fine-tuning costs, measured: memory by kind, time by phase; as a table, as JSON and as a picture.
+
+Memory of one training step, at its fullest:
+    weights        everything the model holds, trained or frozen
+    gradients      one number for each trained one
+    optimizer      AdamW keeps two numbers for each trained one
+    activations    what the forward pass keeps for the backward pass
+Of these LoRA shrinks the second and the third to almost nothing, the fourth hardly, the first not at all.
+"""
+import itertools
+import statistics
+import textwrap
+import time
+import weakref
+
+import matplotlib
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt      # noqa: E402  (the backend must be chosen first)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+def bytes_of(tensors):
+    """Bytes of memory behind the tensors; memory that several of them share counts once."""
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors if t is not None)}
+    return sum(storages.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside `with LiveBytes(tensors) as live:` every tensor made by any operation, in forward, backward or optimizer,
+    is counted from its birth to its death, beginning with `tensors`: live.now and live.peak, in bytes.
+
+    It sees whole tensors, not what a kernel allocates for itself meanwhile."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {}
+        for tensor in tensors:
+            self.count(tensor)
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return out
+
+
+def measure_memory(step, x, y):
+    """Run one training step on x, y (B, T) after a warm-up step, and measure it:
+
+    -> {"weights", "gradients", "optimizer", "activations", "peak"} in bytes. On CUDA activations and peak are the
+    allocator's; elsewhere activations are the tensors that autograd saves in the forward pass and the peak is that of
+    the live tensors. The peak can be less than the sum: activations are freed while gradients are made."""
+    step(x, y)
+    weights = [*step.model.parameters(), *step.model.buffers()]
+    moments = [t for o in step.optimizers for state in o.state.values() for t in state.values() if torch.is_tensor(t)]
+    trained = [p for p in weights if p.requires_grad]
+    if x.is_cuda:
+        torch.cuda.synchronize()
+        others = torch.cuda.memory_allocated() - bytes_of(weights + moments + [x, y])      # not this step's
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = step.forward(x, y)
+        activations = torch.cuda.memory_allocated() - before
+        step.backward(loss)
+        gradients = bytes_of(p.grad for p in trained)
+        step.update()
+        peak = torch.cuda.max_memory_allocated() - others
+    else:
+        own = {p.untyped_storage().data_ptr() for p in weights}
+        saved = []
+
+        def pack(tensor):
+            if tensor.untyped_storage().data_ptr() not in own:
+                saved.append(tensor)
+            return tensor
+
+        with LiveBytes(weights + moments + [x, y]) as live:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = step.forward(x, y)
+            activations = bytes_of(saved)
+            saved.clear()
+            step.backward(loss)
+            gradients = bytes_of(p.grad for p in trained)
+            step.update()
+        peak = live.peak
+    return {"weights": bytes_of(weights), "gradients": gradients, "optimizer": bytes_of(moments),
+            "activations": activations, "peak": peak}
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+def measure_time(steps, x, y, rounds=10, warmup=3):
+    """Time one training step of each of `steps` {name: step}, in turn, round by round, so that a machine that slows
+    down meanwhile slows all of them; the device is waited for, and the warm-up rounds are discarded.
+
+    -> {name: {"forward_ms", "backward_ms", "optimizer_ms", "step_ms"}}, medians. step_ms is timed without a stop
+    between the phases, so on a GPU it can be less than their sum."""
+    def wait():
+        if x.device.type != "cpu":
+            getattr(torch, x.device.type).synchronize()
+        return time.perf_counter()
+
+    times = {name: {"forward_ms": [], "backward_ms": [], "optimizer_ms": [], "step_ms": []} for name in steps}
+    for round in range(warmup + rounds):
+        for name, step in steps.items():
+            t0 = wait()
+            loss = step.forward(x, y)
+            t1 = wait()
+            step.backward(loss)
+            t2 = wait()
+            step.update()
+            t3 = wait()
+            step(x, y)
+            t4 = wait()
+            if round >= warmup:
+                for key, seconds in zip(times[name], (t1 - t0, t2 - t1, t3 - t2, t4 - t3)):
+                    times[name][key].append(seconds * 1000)
+    return {name: {key: statistics.median(values) for key, values in of.items()} for name, of in times.items()}
+
+
+def measure(steps, x, y):
+    """All of the above for each of `steps` {name: step} on one batch -> {name: the measured part of comparison.json}."""
+    memory = {name: measure_memory(step, x, y) for name, step in steps.items()}
+    times = measure_time(steps, x, y)
+    return {name: {"trainable_params": sum(p.numel() for p in step.model.parameters() if p.requires_grad),
+                   "total_params": sum(p.numel() for p in step.model.parameters()),
+                   "memory": memory[name], "time": times[name],
+                   "tokens_per_s": x.numel() / times[name]["step_ms"] * 1000} for name, step in steps.items()}
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------------
+
+def size(n):
+    """Bytes in readable units: size(4_353_024) -> '4.35 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+
+
+def table(report, style, base_name):
+    """The comparison (the content of comparison.json) as lines of text in aligned columns."""
+    full, lora = report["methods"]["full"], report["methods"]["lora"]
+    rows = [("", "full", "LoRA", "full ÷ LoRA")]
+
+    def row(label, key, show, ratio=True):
+        a, b = full, lora
+        for part in key.split("."):
+            a, b = a[part], b[part]
+        rows.append((label, show(a), show(b), f"{a / b:.2f}" if ratio and b else ""))
+
+    def ms(value):
+        return f"{value:.1f} ms"
+
+    def bpb(value):
+        return f"{value:.3f} bpb"
+
+    row("parameters trained", "trainable_params", "{:,}".format)
+    row("parameters in all", "total_params", "{:,}".format)
+    row("to keep on disk per style", "checkpoint_bytes", size)
+    for kind in ("weights", "gradients", "optimizer", "activations", "peak"):
+        row(f"memory: {kind}" + (" of a step" if kind == "peak" else ""), f"memory.{kind}", size)
+    for phase in ("forward", "backward", "optimizer"):
+        row(f"time: {phase}", f"time.{phase}_ms", ms)
+    row("time: a whole step", "time.step_ms", ms)
+    row("tokens per second", "tokens_per_s", "{:,.0f}".format)
+    row(f"{style} held out, before", "style_bpb_before", bpb, ratio=False)
+    row(f"{style} held out, after", "style_bpb_after", bpb)
+    rows.append((f"{base_name} held out, before", bpb(report["base"]["bpb"]), bpb(report["base"]["bpb"]), ""))
+    row(f"{base_name} held out, after", "base_bpb_after", bpb)
+    row("steps trained", "steps", str, ratio=False)
+    row("training time to the best", "seconds_to_best", "{:.1f} s".format)
+    widths = [max(len(r[i]) for r in rows) for i in range(4)]
+    lines = [f"{r[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(r[1:], widths[1:])) for r in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def findings(report):
+    """What the numbers say, in sentences: each claim made for LoRA, and the condition under which it holds."""
+    full, lora = report["methods"]["full"], report["methods"]["lora"]
+    fm, lm = full["memory"], lora["memory"]
+    saved = fm["gradients"] + fm["optimizer"] - lm["gradients"] - lm["optimizer"]
+    speed = full["time"]["step_ms"] / lora["time"]["step_ms"]
+    gap = lora["style_bpb_after"] / full["style_bpb_after"] - 1
+    return [
+        f"Memory: the peak is {fm['peak'] / lm['peak']:.2f} times smaller with LoRA. It saves {size(saved)} of gradients and "
+        f"optimizer state; the activations, {lm['activations'] / lm['peak']:.0%} of LoRA's peak here, both methods need. "
+        "The larger the model against the batch, the more the saving counts.",
+        f"Speed: a LoRA step takes {1 / speed:.2f} times as long as a full one. It skips the gradients of the frozen "
+        "weights and pays for the thin products with A and B instead"
+        + (", and here the first outweighs the second." if speed > 1 else
+           "; at this size, one product after another, these cost more than is saved."),
+        f"Disk: a style costs {size(lora['checkpoint_bytes'])}, not {size(full['checkpoint_bytes'])}: "
+        f"{full['checkpoint_bytes'] / lora['checkpoint_bytes']:.0f} adapters fit into the space of one full copy.",
+        f"Quality: LoRA's best is {abs(gap):.1%} {'above' if gap > 0 else 'below'} full fine-tuning's in bits per byte "
+        "(lower is better).",
+    ]
+
+
+def plot(report, curves, style, path):
+    """Draw memory by kind, time by phase, and held-out loss against training time; curves {method: [record, …]}."""
+    names = {"full": "full fine-tuning", "lora": "LoRA"}
+    methods = {names[m]: report["methods"][m] for m in names}
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for ax, key, kinds, scale, unit in (
+            (axes[0], "memory", ("weights", "gradients", "optimizer", "activations"), 1e6, "MB"),
+            (axes[1], "time", ("forward_ms", "backward_ms", "optimizer_ms"), 1, "ms per step")):
+        bottom = [0.0, 0.0]
+        for kind, colour, hatch in zip(kinds, ("#0072B2", "#E69F00", "#009E73", "#CCCCCC"), ("", "//", "..", "")):
+            values = [m[key][kind] / scale for m in methods.values()]
+            ax.bar(list(methods), values, bottom=bottom, width=0.6, label=kind.removesuffix("_ms"), color=colour,
+                   hatch=hatch, edgecolor="white")
+            bottom = [b + v for b, v in zip(bottom, values)]
+        ax.set(ylabel=f"{key} ({unit})", title=f"{key.capitalize()} of a training step", ylim=(0, 1.35 * max(bottom)))
+        ax.legend(loc="upper center", ncols=2, fontsize="small", frameon=False)
+    for (method, curve), colour, line in zip(curves.items(), ("#D55E00", "#0072B2"), ("--", "-")):
+        axes[2].plot([point["seconds"] for point in curve], [point["bpb"] for point in curve], line, marker="o",
+                     markersize=3, color=colour, label=names[method])
+    axes[2].set(xlabel="training time (s)", ylabel="bits per byte", title=f"Held-out {style}")
+    axes[2].legend(frameon=False)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=120, format="png")
+    plt.close(fig)
+
+
+def side_by_side(texts, width):
+    """{title: text} as columns that together are `width` characters wide."""
+    column = (width - 2 * (len(texts) - 1)) // len(texts)
+    columns = [[title, "-" * column, *(line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""])]
+               for title, text in texts.items()]
+    return "\n".join("  ".join(f"{cell:<{column}}" for cell in row).rstrip()
+                     for row in itertools.zip_longest(*columns, fillvalue=""))

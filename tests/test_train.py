@@ -1,0 +1,286 @@
+"""train.py through its command line, at a miniature size; and what must hold of train()."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from conftest import make_gpt
+from data import BUILT_IN, read_text, tokenize
+from data.bpe import train_bpe
+from gpt import GPT
+from lora_minimal import apply_lora
+from train import Settings, Step, evaluate, main
+
+MINI = ["--steps", "4", "--batch-size", "2", "--block-size", "32", "--eval-every", "2", "--device", "cpu"]
+TRAIN = str(Path(train.__file__))
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """The whole story, run once as a user would, from another directory: (its --out, what it printed)."""
+    out = tmp_path_factory.mktemp("story")
+    result = subprocess.run([sys.executable, TRAIN, *MINI], cwd=out, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return out / "out", result.stdout
+
+
+@pytest.fixture(scope="module")
+def base(story):
+    return str(story[0] / "base")
+
+
+def run(capsys, *argv):
+    code = main(list(map(str, argv)))
+    return code, *capsys.readouterr()
+
+
+# ---- the story -------------------------------------------------------------------------------------------------------
+
+def test_the_story_leaves_a_base_two_tunings_and_a_comparison(story):
+    out, printed = story
+    assert {path.name for path in out.iterdir()} == {"base", "full", "lora", "tokens", "comparison.json", "comparison.png"}
+    assert {path.name for path in (out / "lora").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "training.json"}
+    for line in ("Pretraining", "Full fine-tuning on pirate", "LoRA on pirate", "full ÷ LoRA", "after LoRA"):
+        assert line in printed
+
+
+def test_comparison_json_has_exactly_the_documented_keys(story):
+    report = json.loads((story[0] / "comparison.json").read_text())
+    assert report.keys() == {"device", "torch", "config", "base", "methods"}
+    assert report["base"].keys() == {"bpb"} and report["methods"].keys() == {"full", "lora"}
+    for method in report["methods"].values():
+        assert method.keys() == {
+            "trainable_params", "total_params", "checkpoint_bytes", "memory", "time", "tokens_per_s", "style_bpb_before",
+            "style_bpb_after", "base_bpb_after", "seconds_to_best", "steps"}
+        assert method["memory"].keys() == {"weights", "gradients", "optimizer", "activations", "peak"}
+        assert method["time"].keys() == {"forward_ms", "backward_ms", "optimizer_ms", "step_ms"}
+
+
+def test_the_comparison_counts_what_arithmetic_says(story):
+    report = json.loads((story[0] / "comparison.json").read_text())
+    full, lora = report["methods"]["full"], report["methods"]["lora"]
+    n, added = full["total_params"], 4 * 8 * (512 + 256 + 640 + 640)
+    assert full["trainable_params"] == n and lora["trainable_params"] == added and lora["total_params"] == n + added
+    assert full["memory"]["weights"] == full["memory"]["gradients"] == 4 * n
+    assert lora["memory"]["weights"] == 4 * (n + added) and lora["memory"]["gradients"] == 4 * added
+    for method in (full, lora):     # AdamW: two moments per number, and a step counter per tensor
+        assert 0 <= method["memory"]["optimizer"] - 2 * method["memory"]["gradients"] < 4 * 100
+        assert method["memory"]["peak"] >= method["memory"]["weights"] + method["memory"]["optimizer"]
+        assert method["style_bpb_after"] < method["style_bpb_before"]
+
+
+def test_the_story_again_reuses_what_is_finished(story, capsys):
+    out, printed = story
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/training.json")}
+    code, again, _ = run(capsys, *MINI, "--out", out)
+    assert code == 0 and again.count("is reused") == 3
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/training.json")} == stamps
+
+
+def test_other_settings_are_refused_and_named_rather_than_overwrite(base, capsys):
+    code, _, error = run(capsys, "pretrain", "--data", "tales", "--out", base, *MINI, "--lr", "0.5")
+    assert code == 1 and "lr 0.008 -> 0.5" in error and "--fresh" in error
+
+
+def test_sample_prints_the_base_and_each_adapter_and_merging_changes_nothing(story, base, capsys):
+    argv = ["sample", "--base", base, "--adapter", story[0] / "lora", "--prompt", "Once", "--device", "cpu",
+            "--max-new-tokens", "8", "--temperature", "0"]
+    code, plain, _ = run(capsys, *argv)
+    assert code == 0 and plain.count("---") == 2 and plain.count("Once") == 2
+    assert run(capsys, *argv, "--merge")[1] == plain
+
+
+def test_a_text_of_ones_own_without_separators_and_a_long_prompt(tmp_path, capsys):
+    book = tmp_path / "book.txt"
+    book.write_text("It was a bright cold day, and the clocks were striking.\n\n" * 400, encoding="utf-8")
+    code, printed, error = run(capsys, "pretrain", "--data", book, "--out", tmp_path / "base", *MINI)
+    assert code == 0, error
+    code, printed, error = run(capsys, "tune", "--base", tmp_path / "base", "--data", book, "--out", tmp_path / "own", *MINI)
+    assert code == 0 and "held out" in printed, error
+    code, printed, _ = run(capsys, "sample", "--base", tmp_path / "base", "--prompt", "clock " * 200, "--device", "cpu",
+                           "--max-new-tokens", "5")
+    assert code == 0 and "clock clock" in printed
+    assert run(capsys, "sample", "--base", tmp_path / "base", "--prompt", "", "--device", "cpu", "--max-new-tokens", "5")[0] == 0
+
+
+def test_a_full_fine_tuning_is_a_base_model_in_its_turn(story, tmp_path, capsys):
+    code, _, error = run(capsys, "tune", "--method", "lora", "--base", story[0] / "full", "--data", "noir", "--r", "2",
+                         "--target-modules", "attn.c_proj", "--out", tmp_path / "noir", *MINI)
+    assert code == 0, error
+    config = json.loads((tmp_path / "noir" / "adapter_config.json").read_text())
+    assert config["r"] == 2 and len(config["target_modules"]) == 4
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, says", [
+    (["pretrain", "--data", "missing.txt"], "there is no text 'missing.txt'"),
+    (["pretrain", "--data", "tales", "--preset", "huge"], "no preset"),
+    (["pretrain", "--data", "tales", "--device", "quantum"], "--device quantum"),
+    (["pretrain", "--data", "tales", "--steps", "0"], "--steps is 0"),
+    (["pretrain", "--data", "tales", "--lr", "nan"], "--lr is nan"),
+    (["pretrain", "--data", "tales", "--dtype", "int8"], "--dtype"),
+    (["pretrain", "--data", "tales", "--dropout", "1"], "--dropout"),
+    (["pretrain", "--data", "tales", "--resume"], "no interrupted run"),
+    (["tune", "--base", "nowhere", "--data", "pirate"], "nowhere/config.json does not exist"),
+    (["tune", "--base", "BASE", "--data", "pirate", "--r", "0"], "rank"),
+    (["tune", "--base", "BASE", "--data", "pirate", "--alpha", "nan"], "alpha"),
+    (["tune", "--base", "BASE", "--data", "pirate", "--target-modules", "q_proj"], "'q_proj' matches no module"),
+    (["tune", "--base", "BASE", "--data", "pirate", "--block-size", "64"], "--block-size 64 exceeds the base model's 32"),
+])
+def test_bad_input_is_one_line_of_error_and_nothing_is_written(base, tmp_path, capsys, argv, says):
+    quick = [] if "--steps" in argv or "--block-size" in argv else MINI[:-2]
+    code, _, error = run(capsys, *(base if arg == "BASE" else arg for arg in argv), "--out", tmp_path / "new",
+                         *quick, *([] if "--device" in argv else ["--device", "cpu"]))
+    assert code == 1 and says in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("training.json"))
+
+
+@pytest.mark.parametrize("argv", [["--steps", "many"], ["dance"], ["tune"], ["tune", "--method", "magic"]])
+def test_bad_usage_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+
+
+def test_a_directory_that_cannot_be_written_fails_before_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code, printed, error = run(capsys, "pretrain", "--data", "tales", "--out", tmp_path / "file" / "base", *MINI)
+    assert code == 1 and "step" not in printed and "file" in error
+
+
+def test_a_foreign_model_is_not_overwritten(tmp_path, capsys):
+    make_gpt().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    code, _, error = run(capsys, "pretrain", "--data", "tales", "--out", tmp_path, *MINI)
+    assert code == 1 and "no training.json" in error and (tmp_path / "model.safetensors").read_bytes() == before
+
+
+# ---- interruption ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command", ["pretrain", "full", "lora"])
+def test_an_interrupted_and_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(
+        base, tmp_path, capsys, monkeypatch, command):
+    argv = (["pretrain", "--data", "tales"] if command == "pretrain" else
+            ["tune", "--method", command, "--base", base, "--data", "pirate"])
+    argv += ["--dropout", "0.1", *MINI]
+    assert run(capsys, *argv, "--out", tmp_path / "whole")[0] == 0
+    schedule = Step.schedule
+
+    def interrupted(self, n):
+        if n == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        schedule(self, n)
+
+    monkeypatch.setattr(Step, "schedule", interrupted)
+    code, _, error = run(capsys, *argv, "--out", tmp_path / "parts")
+    monkeypatch.undo()
+    assert code == 130 and "stopped at step 3 of 4" in error
+    code, _, error = run(capsys, *argv, "--out", tmp_path / "parts")
+    assert code == 1 and "--resume" in error
+    code, printed, _ = run(capsys, *argv, "--out", tmp_path / "parts", "--resume")
+    assert code == 0 and "was interrupted and is resumed" in printed
+    name = "adapter_model.safetensors" if command == "lora" else "model.safetensors"
+    assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "parts" / "checkpoint.safetensors").exists()
+
+
+def test_sigterm_in_the_story_keeps_what_is_finished_and_the_next_run_resumes(tmp_path):
+    argv = [sys.executable, TRAIN, *MINI[2:], "--steps", "400", "--out", str(tmp_path)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step   10" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped at step" in error
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step   20" in line:
+            break
+    process.kill()
+    process.communicate()
+    assert any("base was interrupted and is resumed" in line for line in lines)
+    assert not any("step    0" in line for line in lines)
+
+
+# ---- train() ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("corpus")
+    text = read_text("pirate", 0.1, tmp)
+    encoding = train_bpe(text.all_train, 400)
+    return tokenize(text, encoding, tmp, 32)
+
+
+def settings(**changes):
+    return Settings(**{**dict(steps=6, batch_size=4, block_size=32, lr=1e-2, eval_every=2), **changes})
+
+
+def test_bits_per_byte_of_a_uniform_guess_is_known(corpus):
+    model = make_gpt(std=0.0, vocab_size=400)
+    expected = (len(corpus.heldout) - 1) * math.log2(400) / corpus.heldout_bytes
+    assert evaluate(model, corpus, settings()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_ends_with_the_best_weights_not_the_last(corpus, tmp_path):
+    model = make_gpt(std=0.02, vocab_size=400)
+    curve = train.train(model, corpus, settings(lr=0.3, grad_clip=0.0, steps=8, eval_every=1), tmp_path)
+    best = min(point["bpb"] for point in curve)
+    assert curve[-1]["bpb"] > best, "the learning rate was to be so high that the end is not the best"
+    assert evaluate(model, corpus, settings()) == pytest.approx(best, rel=1e-6)
+
+
+def test_lora_training_leaves_the_base_bit_for_bit(corpus, tmp_path):
+    model = make_gpt(std=0.02, vocab_size=400)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    apply_lora(model)
+    train.train(model, corpus, settings(), tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = make_gpt()
+    step = Step(model, settings(muon_lr=0.02))
+    adamw, muon = ({id(p) for group in o.param_groups for p in group["params"]} for o in step.optimizers)
+    assert muon == {id(p) for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+    assert adamw | muon == {id(p) for p in model.parameters()} and not adamw & muon
+
+
+def test_the_learning_rate_rises_to_its_height_and_falls_to_almost_nothing():
+    step = Step(make_gpt(), settings(steps=100, warmup=0.1, lr=1.0))
+    rates = []
+    for n in range(100):
+        step.schedule(n)
+        rates.append(step.optimizers[0].param_groups[0]["lr"])
+    assert max(rates) == pytest.approx(1.0, abs=0.02) and 8 <= rates.index(max(rates)) <= 10
+    assert rates[0] < 0.11 and rates[-1] < 0.02 and rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:])[::-1]
+
+
+def test_training_works_while_data_is_read_only(tmp_path, capsys, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in BUILT_IN["tales"].parent.glob("*.txt")}
+    folder = BUILT_IN["tales"].parent.stat().st_mtime_ns
+    assert run(capsys, "pretrain", "--data", "tales", "--out", tmp_path / "base", *MINI)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert BUILT_IN["tales"].parent.stat().st_mtime_ns == folder, "nothing is written beside the corpora"
+
+
+def test_a_saved_base_is_what_was_judged(base):
+    record = json.loads(Path(base, "training.json").read_text())
+    model, encoding, learnt_from = train.load_model(base, "cpu")
+    assert learnt_from == "tales" and isinstance(model, GPT)
+    text = read_text("tales", 0.05, base)
+    corpus = tokenize(text, encoding, Path(base).parent / "tokens", 32)
+    best = min(point["bpb"] for point in record["curve"])
+    assert evaluate(model, corpus, Settings(**record["asked"]["settings"])) == pytest.approx(best, abs=1e-6)

@@ -1,0 +1,521 @@
+"""
+The command line: pretrain a GPT, tune it to a style by full fine-tuning or by LoRA, compare the two, and sample.
+
+    python train.py                                                      the whole story, on the built-in corpora
+    python train.py pretrain --data my_book.txt --out out/base           a base model of your own
+    python train.py tune --method lora --base out/base --data pirate --out out/pirate
+    python train.py compare --base out/base --data bard --out out/compare
+    python train.py sample --base out/base --adapter out/pirate --prompt "The old lighthouse"
+
+`python train.py COMMAND --help` lists the flags. One function, train(), does every kind of training; they differ in
+which parameters train. Held-out text is measured in bits per byte (bpb): how many bits the model needs to write down
+one byte of text that it has never seen. It does not depend on the tokenizer, so it compares across models.
+"""
+import argparse
+import contextlib
+import hashlib
+import math
+import platform
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import compare
+from data import Batches, read_text, tokenize
+from data.bpe import load_tokenizer, save_tokenizer, train_bpe
+from data.runs import close_run, open_run, read_checkpoint, read_json, write_checkpoint, write_json
+from gpt import GPT, GPTConfig, replacing
+from lora_minimal import apply_lora, load_lora, merge_lora, save_lora
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+def flag(help, **default):
+    return field(metadata={"help": help}, **default)
+
+
+@dataclass
+class Settings:
+    """How a model is trained. Each field is a flag; RECIPES has what a device and a kind of training set."""
+    steps: int = flag("optimizer steps")
+    batch_size: int = flag("windows of text in a step")
+    block_size: int = flag("tokens in a window")
+    lr: float = flag("AdamW's learning rate at its highest")
+    muon_lr: float = flag("Muon's, for the matrices of the blocks; 0 is AdamW for all", default=0.0)
+    weight_decay: float = flag("share of a matrix to take away per step, times the learning rate", default=0.1)
+    dropout: float = flag("share of the activations to drop while training", default=0.0)
+    warmup: float = flag("share of the steps in which the learning rate rises", default=0.05)
+    grad_clip: float = flag("a longer gradient is scaled down to this length; 0 is never", default=1.0)
+    eval_every: int = flag("steps between looks at the held-out text", default=50)
+    seed: int = flag("of the weights, the batches and dropout", default=1337)
+    dtype: str = flag("of the matrix products: float32, or bfloat16 by autocast", default="float32")
+    compile: bool = flag("torch.compile the model (needs a compiler)", default=False)
+
+    def __post_init__(self):
+        least = dict(steps=1, batch_size=1, block_size=1, eval_every=1) | dict.fromkeys(
+            ("lr", "muon_lr", "weight_decay", "dropout", "warmup", "grad_clip", "seed"), 0)
+        for name, low in least.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number from {low} up")
+        if self.dropout >= 1 or self.warmup >= 1:
+            raise ValueError(f"--dropout ({self.dropout}) and --warmup ({self.warmup}) are shares; they must be below 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--dtype is {self.dtype!r}; it must be float32 or bfloat16")
+
+
+RECIPES = {     # what a kind of device pretrains in minutes, and how
+    "cpu": dict(preset="tiny",
+                pretrain=dict(steps=1100, batch_size=16, block_size=128, lr=8e-3, muon_lr=0.04, eval_every=100),
+                full=dict(steps=100, batch_size=64, block_size=128, lr=1e-3, eval_every=10),
+                lora=dict(steps=100, batch_size=64, block_size=128, lr=1e-2, eval_every=10, weight_decay=0.0)),
+    "gpu": dict(preset="small",
+                pretrain=dict(steps=600, batch_size=64, block_size=256, lr=4e-3, muon_lr=0.04, dropout=0.2),
+                full=dict(steps=150, batch_size=32, block_size=256, lr=2e-4, eval_every=10, dropout=0.1),
+                lora=dict(steps=150, batch_size=32, block_size=256, lr=3e-3, eval_every=10, dropout=0.1, weight_decay=0.0)),
+}
+
+
+def recipe(device):
+    return RECIPES["cpu" if torch.device(device).type == "cpu" else "gpu"]
+
+
+def settings_for(kind, args):
+    """The recipe of this kind of training ("pretrain", "full", "lora") on this device, changed by the flags given."""
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
+    bf16 = torch.device(args.device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return Settings(**{"dtype": "bfloat16" if bf16 else "float32", **recipe(args.device)[kind], **given})
+
+
+def pick_device(name):
+    """None -> the best device here; a name -> that device, or ValueError if it is not here."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+class Step:
+    """One training step: step(x, y) is forward, backward and update, which can be called one by one, to be measured.
+
+    AdamW trains whatever requires a gradient. Where the settings ask for it, Muon (Jordan et al. 2024) trains the
+    matrices of the blocks instead: it makes every update of a matrix near-orthogonal."""
+
+    def __init__(self, model, settings):
+        self.model, self.settings = model, settings
+        self.device = next(model.parameters()).device
+        self.call = torch.compile(model) if settings.compile else model
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        muon = {name for name, p in self.trained.items() if settings.muon_lr and ".h." in name and p.dim() == 2}
+        decayed = [p for name, p in self.trained.items() if name not in muon and p.dim() == 2]
+        others = [p for p in self.trained.values() if p.dim() < 2]      # biases and layer norms do not decay
+        self.optimizers = [torch.optim.AdamW([dict(params=decayed, weight_decay=settings.weight_decay),
+                                              dict(params=others, weight_decay=0.0)],
+                                             lr=settings.lr, betas=(0.9, 0.95), fused=True)]
+        if muon:
+            self.optimizers.append(torch.optim.Muon([self.trained[name] for name in muon], lr=settings.muon_lr,
+                                                    weight_decay=settings.weight_decay))
+        for group in self.groups():
+            group["initial_lr"] = group["lr"]
+
+    def groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def schedule(self, n):
+        """Set the learning rates for step n: up to the highest along a line, then down to zero along another."""
+        done, rise = (n + 1) / (self.settings.steps + 1), self.settings.warmup
+        for group in self.groups():
+            group["lr"] = group["initial_lr"] * (done / rise if done < rise else (1 - done) / (1 - rise))
+
+    def forward(self, x, y):
+        with autocast(self.device, self.settings):
+            return self.call(x, y)[1]
+
+    def backward(self, loss):
+        loss.backward()
+
+    def update(self):
+        if self.settings.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def __call__(self, x, y):
+        loss = self.forward(x, y)
+        self.backward(loss)
+        self.update()
+        return loss.detach()
+
+
+def autocast(device, settings):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.dtype == "bfloat16")
+
+
+@torch.no_grad()
+def evaluate(model, corpus, settings):
+    """Bits per byte of the held-out text, read in windows of block_size. The end of a story costs bits but is no byte."""
+    device, was_training, T = next(model.parameters()).device, model.training, settings.block_size
+    model.eval()
+    tokens = torch.from_numpy(corpus.heldout.astype("int64"))
+    whole, nats = (len(tokens) - 1) // T * T, 0.0
+    windows = [*zip(tokens[:whole].view(-1, T).split(32), tokens[1:whole + 1].view(-1, T).split(32))]       # (≤32, T)
+    if whole < len(tokens) - 1:
+        windows.append((tokens[None, whole:-1], tokens[None, whole + 1:]))
+    for x, y in windows:
+        with autocast(device, settings):
+            logits, _ = model(x.to(device))
+        nats += F.cross_entropy(logits.float().flatten(0, 1), y.to(device).flatten(), reduction="sum").item()
+    model.train(was_training)
+    return nats / math.log(2) / corpus.heldout_bytes
+
+
+def train(model, corpus, settings, dir, resume=False, watch=None):
+    """Train the parameters of model that require a gradient; leave it with the weights that were best on held-out text.
+
+    -> the curve, a list of {"step", "seconds" of training alone, "loss" in nats per token, "bpb"}. `watch(point)` is
+    called at every look at the held-out text. Ctrl-C or SIGTERM writes dir/checkpoint.safetensors and raises
+    KeyboardInterrupt; with `resume` that file is continued."""
+    step, batches = Step(model, settings), Batches(corpus.train, settings.batch_size, settings.block_size, settings.seed)
+    start, seconds, curve, best = read_checkpoint(dir, step) if resume else (0, 0.0, [], {})
+    model.train()
+    with _stop_between_steps() as stop, tqdm(total=settings.steps, initial=start, disable=None, leave=False,
+                                             unit=" steps", dynamic_ncols=True) as bar:
+        clock, loss = time.perf_counter(), None
+        for n in range(start, settings.steps + 1):
+            if (n % settings.eval_every == 0 or n == settings.steps) and not any(point["step"] == n for point in curve):
+                loss = None if loss is None else loss.item()        # waits for the device, so the clock is right
+                seconds += time.perf_counter() - clock
+                curve.append({"step": n, "seconds": seconds, "loss": loss, "bpb": evaluate(model, corpus, settings)})
+                if curve[-1] is best_of(curve):
+                    best = {name: p.detach().to("cpu", copy=True) for name, p in step.trained.items()}
+                if watch:
+                    watch(curve[-1])
+                clock = time.perf_counter()
+            if n == settings.steps:
+                break
+            if stop:
+                write_checkpoint(dir, step, n, seconds + time.perf_counter() - clock, curve, best)
+                raise KeyboardInterrupt(f"stopped at step {n} of {settings.steps}, which {dir} keeps")
+            torch.manual_seed(settings.seed * 1_000_003 + n)        # dropout, too, depends on seed and step alone
+            step.schedule(n)
+            loss = step(*(tokens.to(step.device) for tokens in batches[n]))
+            bar.update()
+            if n % 10 == 9 and not bar.disable:
+                rate = settings.batch_size * settings.block_size * (bar.n - start) / bar.format_dict["elapsed"]
+                bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s")
+    with torch.no_grad():
+        for name, p in step.trained.items():
+            p.copy_(best[name])
+    model.eval()
+    return curve
+
+
+def best_of(curve):
+    return min(curve, key=lambda point: point["bpb"])
+
+
+@contextlib.contextmanager
+def _stop_between_steps():
+    """Ctrl-C and SIGTERM only fill the list that this yields, so that no step is left half done; twice means now."""
+    stop, old = [], {}
+
+    def note(number, frame):
+        stop.append(number)
+        signal.signal(number, old[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):       # only the main thread may, and only it gets Ctrl-C
+            old[number] = signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+def load_model(dir, device, dropout=0.0):
+    """-> the model on its device, its tokenizer, and the name of the corpus it learnt from (None where not known)."""
+    model, encoding = GPT.from_pretrained(dir, dropout=dropout), load_tokenizer(dir)
+    if encoding.n_vocab > model.config.vocab_size:
+        raise ValueError(f"{dir}: the tokenizer has {encoding.n_vocab} entries, the model {model.config.vocab_size}; "
+                         "they do not belong together")
+    record = Path(dir, "training.json")
+    return model.to(device).eval(), encoding, read_json(record)["asked"]["data"] if record.exists() else None
+
+
+def begin(dir, asked, args):
+    """-> the curve of a finished run that did what is asked, or None; and whether an interrupted one is to be resumed."""
+    record, resuming = open_run(dir, asked, args.resume, args.fresh)
+    if record:
+        say(f"     {dir} was finished on {record['finished']} and is reused (--fresh starts over)")
+    elif resuming:
+        say(f"     {dir} was interrupted and is resumed (--fresh starts over)")
+    return record and record["curve"], resuming
+
+
+def load_corpus(source, heldout, encoding, out, block_size):
+    return tokenize(read_text(source, heldout, Path(out, "downloads")), encoding, Path(out, "tokens"), block_size)
+
+
+def pretrain(args, source, dir):
+    """Train a tokenizer and a GPT from nothing on a corpus, into dir."""
+    settings, preset = settings_for("pretrain", args), args.preset or recipe(args.device)["preset"]
+    text = read_text(source, 0.05, Path(args.out, "downloads"))
+    clock = time.perf_counter()
+    encoding = train_bpe(text.all_train)
+    corpus = tokenize(text, encoding, Path(args.out, "tokens"), settings.block_size)
+    say(f"     {len(text.train):,} pieces of text to learn from, {len(text.heldout):,} held out; {encoding.n_vocab:,} tokens "
+        f"learnt in {time.perf_counter() - clock:.1f} s, {text.heldout_bytes / len(corpus.heldout):.2f} bytes each")
+    config = GPTConfig.preset(preset, vocab_size=encoding.n_vocab, block_size=settings.block_size, dropout=settings.dropout)
+    asked = {"data": str(source), "corpus": corpus.digest, "shape": asdict(config), "settings": asdict(settings)}
+    curve, resume = begin(dir, asked, args)
+    if curve:
+        return
+    torch.manual_seed(settings.seed)
+    model = GPT(config).to(args.device)
+    say(f"     {sum(p.numel() for p in model.parameters()):,} parameters, {config.n_layer} layers of width {config.n_embd}; "
+        f"{settings.steps} steps of {settings.batch_size} × {settings.block_size} tokens. What it writes as it learns:")
+
+    def watch(point):
+        words = continue_text(model, encoding, args.prompt, 30, seed=0).replace("\n", " ")
+        say(f"     step {point['step']:>4} {point['seconds']:>6.1f} s  {point['bpb']:.3f} bpb  " + words[:WIDTH - 36])
+
+    curve = train(model, corpus, settings, dir, resume, watch)
+    save_tokenizer(encoding, dir)
+    model.save_pretrained(dir)
+    close_run(dir, asked, curve)
+
+
+def tune(args, method, source, dir):
+    """Tune the base model to a corpus, all of it ("full") or by LoRA ("lora"), into dir.
+
+    -> settings, corpus, curve, and model: read back from dir, so that what is judged is what was saved."""
+    settings = settings_for(method, args)
+    model, encoding, _ = load_model(args.base, args.device, settings.dropout)
+    if settings.block_size > model.config.block_size:
+        if args.block_size:
+            raise ValueError(f"--block-size {args.block_size} exceeds the base model's {model.config.block_size}")
+        settings = replace(settings, block_size=model.config.block_size)
+    corpus = load_corpus(source, 0.1, encoding, args.out, settings.block_size)
+    torch.manual_seed(settings.seed)
+    lora = {"r": args.r, "alpha": args.alpha, "target_modules": args.target_modules} if method == "lora" else None
+    if lora:
+        apply_lora(model, **lora)
+    with open(Path(args.base, "model.safetensors"), "rb") as file:
+        base = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    asked = {"data": str(source), "corpus": corpus.digest, "base": base, "lora": lora, "settings": asdict(settings)}
+    curve, resume = begin(dir, asked, args)
+    if not curve:
+        counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
+        say(f"     {counts[0]:,} of {counts[1]:,} parameters train; {settings.steps} steps of {settings.batch_size} × "
+            f"{settings.block_size} tokens, learning rate {settings.lr}")
+        curve = train(model, corpus, settings, dir, resume, lambda point: say(
+            f"     step {point['step']:>4} {point['seconds']:>6.1f} s  {point['bpb']:.3f} bpb"))
+        if lora:
+            save_lora(model, dir, base_model_name_or_path=str(args.base))
+        else:
+            save_tokenizer(encoding, dir)
+            model.save_pretrained(dir)
+        close_run(dir, asked, curve)
+    model = load_model(args.base if lora else dir, args.device)[0]
+    if lora:
+        load_lora(model, dir)
+    return SimpleNamespace(settings=settings, corpus=corpus, curve=curve, model=model.eval())
+
+
+def compare_methods(args, source, out):
+    """Tune by both methods, measure both, and report: a table, out/comparison.json and out/comparison.png."""
+    style, runs, steps = Path(source).stem, {}, {}
+    for method, title in (("full", "Full fine-tuning on"), ("lora", "LoRA on")):
+        headline(f"{title} {style}")
+        runs[method] = tune(args, method, source, Path(out, method))
+
+    headline("The comparison (measuring memory and time, the two methods in turn …)")
+    base, encoding, learnt_from = load_model(args.base, args.device)
+    for method, run in runs.items():
+        model = load_model(args.base, args.device, run.settings.dropout)[0]
+        if method == "lora":
+            apply_lora(model, args.r, args.alpha, args.target_modules)
+        steps[method] = Step(model.train(), run.settings)
+    settings, corpus = run.settings, run.corpus
+    batch = Batches(corpus.train, settings.batch_size, settings.block_size, seed=0)[0]
+    measured = compare.measure(steps, *(tokens.to(args.device) for tokens in batch))
+    base_source = args.base_data or learnt_from or "tales"
+    base_corpus = load_corpus(base_source, 0.05, encoding, args.out, settings.block_size)
+    for method, run in runs.items():
+        kept = ("model.safetensors", "config.json") if method == "full" else ("adapter_model.safetensors",
+                                                                              "adapter_config.json")
+        measured[method] |= {
+            "checkpoint_bytes": sum(Path(out, method, name).stat().st_size for name in kept),
+            "style_bpb_before": evaluate(base, corpus, settings), "style_bpb_after": evaluate(run.model, corpus, settings),
+            "base_bpb_after": evaluate(run.model, base_corpus, settings),
+            "seconds_to_best": best_of(run.curve)["seconds"], "steps": settings.steps}
+    report = {"device": device_name(args.device), "torch": torch.__version__,
+              "config": {**asdict(base.config), "r": args.r, "alpha": args.alpha, "target_modules": args.target_modules,
+                         "settings": {method: asdict(run.settings) for method, run in runs.items()}},
+              "base": {"bpb": evaluate(base, base_corpus, settings)}, "methods": measured}
+    write_json(Path(out, "comparison.json"), report)
+    with replacing(Path(out, "comparison.png")) as path:
+        compare.plot(report, {method: run.curve for method, run in runs.items()}, style, path)
+    say(compare.table(report, style, Path(base_source).stem) + "\n")
+    for sentence in compare.findings(report):
+        say(textwrap.fill(sentence, WIDTH, initial_indent="  · ", subsequent_indent="    "))
+
+    headline("One prompt, three models")
+    models = {"the base model": base, "after full fine-tuning": runs["full"].model, "after LoRA": runs["lora"].model}
+    for seed in (0, 1):
+        say(compare.side_by_side({title: continue_text(model, encoding, args.prompt, 100, seed=seed)
+                                  for title, model in models.items()}, WIDTH) + "\n")
+    say(f"Written: {Path(out, 'comparison.json')} and {Path(out, 'comparison.png')}. Now try:\n"
+        f'  python train.py sample --base {args.base} --adapter {Path(out, "lora")} --prompt "Once"')
+
+
+def run_story(args):
+    args.base, args.base_data, args.resume = Path(args.out, "base"), None, args.resume or None
+    say(f"LoRA from first principles, on {device_name(args.device)} with torch {torch.__version__}. "
+        f"Everything is written into {args.out}.")
+    headline("Pretraining a GPT from nothing on tales")
+    pretrain(args, "tales", args.base)
+    compare_methods(args, "pirate", args.out)
+
+
+def run_pretrain(args):
+    pretrain(args, args.data, args.out)
+    say(f'Written: {args.out}. Now try:\n  python train.py sample --base {args.out} --prompt "Once"')
+
+
+def run_tune(args):
+    run = tune(args, args.method, args.data, args.out)
+    best, where = best_of(run.curve), f"--base {args.base} --adapter {args.out}"
+    say(f"{args.data}, held out: {run.curve[0]['bpb']:.3f} bpb before, {best['bpb']:.3f} after (best at step {best['step']}). "
+        f"Written: {args.out}. Now try:\n  python train.py sample "
+        f'{where if args.method == "lora" else f"--base {args.out}"} --prompt "Once"')
+
+
+def run_compare(args):
+    args.resume = args.resume or None
+    compare_methods(args, args.data, args.out)
+
+
+def run_sample(args):
+    for adapter in (None, *args.adapter):
+        model, encoding, _ = load_model(args.base, args.device)
+        if adapter:
+            load_lora(model, adapter)
+            if args.merge:
+                merge_lora(model)
+        say(f"--- {adapter or args.base}\n" + continue_text(model.eval(), encoding, args.prompt, args.max_new_tokens, args.seed,
+                                                            args.temperature, args.top_k, args.top_p) + "\n")
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+WIDTH = max(60, min(shutil.get_terminal_size((110, 40)).columns, 120))
+
+
+def say(text):
+    tqdm.write(text)        # above the progress bar, if there is one
+    sys.stdout.flush()
+
+
+def headline(text):
+    say(f"\n== {text}")
+
+
+def continue_text(model, encoding, prompt, max_new_tokens, seed, temperature=0.7, top_k=40, top_p=None):
+    """The prompt, read as the beginning of a story, and what the model makes of it."""
+    torch.manual_seed(seed)
+    idx = torch.tensor([[encoding.eot_token, *encoding.encode(prompt, allowed_special="all")]])     # (1, T)
+    idx = model.generate(idx.to(next(model.parameters()).device), max_new_tokens, temperature, top_k, top_p,
+                         stop_token=encoding.eot_token)
+    return encoding.decode([token for token in idx[0].tolist() if token != encoding.eot_token])
+
+
+def device_name(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if torch.device(device).type == "mps":
+        return f"{platform.machine()} GPU (MPS)"
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def make_parser():
+    def group(*flags):
+        parent = argparse.ArgumentParser(add_help=False)
+        for name, options in flags:
+            parent.add_argument(name, **options)
+        return parent
+
+    out = group(("--out", dict(required=True, help="the directory to write into")))
+    data = group(("--data", dict(required=True, help="a UTF-8 text file, a URL, or tales, pirate, bard, noir")))
+    base = group(("--base", dict(required=True, help="the directory of a base model")))
+    shape = group(("--preset", dict(help="the model's shape: tiny, small, gpt2, …; if not given, what suits the device")))
+    common = group(("--device", dict(help="cpu, cuda, cuda:1, mps; if not given, the best there is")),
+                   ("--prompt", dict(default="The old lighthouse", help="what samples begin with")),
+                   ("--debug", dict(action="store_true", help="show the traceback of an error")))
+    training = group(("--resume", dict(action="store_true", help="continue the interrupted run in --out")),
+                     ("--fresh", dict(action="store_true", help="start over, replacing the run in --out")),
+                     *((f"--{f.name.replace('_', '-')}", dict(help=f.metadata["help"], **(
+                         dict(action="store_true", default=None) if f.type is bool else dict(type=f.type))))
+                       for f in fields(Settings)))
+    lora = group(("--r", dict(type=int, default=8, help="the adapter's rank")),
+                 ("--alpha", dict(type=float, default=16.0, help="the update is scaled by alpha / r")),
+                 ("--target-modules", dict(nargs="+", default=["c_attn", "c_proj", "c_fc"], help="the layers to adapt")))
+    method = group(("--method", dict(choices=("lora", "full"), default="lora", help="adapters train, or everything")))
+    forgetting = group(("--base-data", dict(help="what to measure forgetting on, if not what the base learnt from")))
+    sampling = group(("--adapter", dict(action="append", default=[], help="an adapter's directory; more than one may be given")),
+                     ("--merge", dict(action="store_true", help="fold the adapter into the weights first")),
+                     ("--max-new-tokens", dict(type=int, default=150)), ("--temperature", dict(type=float, default=0.7)),
+                     ("--top-k", dict(type=int, default=40)), ("--top-p", dict(type=float)),
+                     ("--seed", dict(type=int, default=0)))
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     parents=[common, training, shape, lora])
+    parser.add_argument("--out", default="out", help="the directory to write into (default: out)")
+    parser.set_defaults(run=run_story)
+    commands = parser.add_subparsers(metavar="COMMAND", help="if not given: the whole story on the built-in corpora")
+    for name, run, help, *parents in (
+            ("pretrain", run_pretrain, "train a base model from nothing", training, shape, data, out),
+            ("tune", run_tune, "tune a base model to a text", training, method, lora, base, data, out),
+            ("compare", run_compare, "tune by both methods and measure both", training, lora, base, data, forgetting, out),
+            ("sample", run_sample, "continue a prompt", base, sampling)):
+        commands.add_parser(name, help=help, description=help, parents=[common, *parents]).set_defaults(run=run)
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    try:
+        args.device = pick_device(args.device)
+        args.run(args)
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped'}; the same command with --resume goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
