@@ -26,7 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -130,6 +132,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.loss_rows = 0              # > 0: compute the loss that many rows at a time (ChunkedLoss); 0: all at once
+        self.recompute = False          # training keeps each block's input alone and computes the rest again (checkpointing)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -152,24 +156,31 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """idx (B, T) int64 -> logits (B, T, V), and the mean cross-entropy in nats against targets (B, T), or None.
 
-        Targets of -100 do not count. Raises ValueError when T exceeds the block size."""
-        x, _ = self._read(idx)
+        Targets of -100 do not count. With loss_rows and targets the logits never exist whole: None in their place.
+        Raises ValueError when T exceeds the block size."""
+        x = self._read(idx)
+        if targets is not None and self.loss_rows:
+            return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_rows)
         logits = self.lm_head(x)
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return logits, loss
 
-    def _read(self, idx, past=None):
-        """idx (B, T) after the cached `past` -> hidden states (B, T, C) for the head, and the cache extended by idx."""
-        start = 0 if past is None else past[0][0].size(2)
+    def _read(self, idx, cache=None):
+        """idx (B, T) -> the hidden states (B, T, C) that the head reads. `cache`, a list with one entry per block, holds
+        None or the (k, v) of the tokens before idx; it is brought up to date."""
+        start = 0 if cache is None or cache[0] is None else cache[0][0].size(2)
         if start + idx.size(1) > self.config.block_size:
             raise ValueError(f"{start + idx.size(1)} tokens exceed the model's block size of {self.config.block_size}")
         pos = torch.arange(start, start + idx.size(1), device=idx.device)                  # (T,)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))   # (B, T, C)
-        present = []
         for i, block in enumerate(self.transformer.h):
-            x, kv = block(x, None if past is None else past[i])
-            present.append(kv)
-        return self.transformer.ln_f(x), present
+            if cache is not None:
+                x, cache[i] = block(x, cache[i])
+            elif self.recompute and torch.is_grad_enabled():
+                x = checkpoint(lambda x, block=block: block(x)[0], x, use_reentrant=False)
+            else:
+                x, _ = block(x)
+        return self.transformer.ln_f(x)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None):
@@ -190,12 +201,11 @@ class GPT(nn.Module):
             raise ValueError(f"top_p is {top_p}; it must lie in (0, 1], or be None to keep every token")
         was_training, block_size = self.training, self.config.block_size
         self.eval()
-        past, done = None, torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        cache, done = None, torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            if past is None or idx.size(1) > block_size:
-                x, past = self._read(idx[:, -block_size:])
-            else:
-                x, past = self._read(idx[:, -1:], past)
+            fresh = cache is None or idx.size(1) > block_size
+            cache = [None] * self.config.n_layer if fresh else cache
+            x = self._read(idx[:, -block_size:] if fresh else idx[:, -1:], cache)          # (B, block_size or 1, C)
             token = sample(self.lm_head(x[:, -1]), temperature, top_k, top_p)              # (B, 1)
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
@@ -254,6 +264,46 @@ class GPT(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from error
         return model
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The mean cross-entropy of x Wᵀ (N, V) against targets (N,), `rows` rows at a time.
+
+    Logits are the largest tensor of a training step: 8 × 1024 tokens × 50,257 entries are 1.6 GB in float32, and a plain
+    loss makes several of that size. Here only one chunk exists at a time. Its gradient is known at once,
+    softmax(x Wᵀ) - onehot(target), so it is turned into those of x and W on the spot, and the chunk is forgotten.
+    A frozen W, as under LoRA, gets none."""
+
+    @staticmethod
+    def forward(ctx, x, W, targets, rows):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            counts = targets != -100
+            scale = counts / counts.sum()                                       # (N,): what a row adds to the mean
+            x_, W_, targets = x.to(dtype), W.to(dtype), targets.clamp_min(0)[:, None]
+            dx, loss = torch.empty_like(x_), torch.zeros((), device=x.device)
+            dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
+            for i in range(0, len(x), rows):
+                part = slice(i, i + rows)
+                logits = x_[part] @ W_.t()                                      # (rows, V)
+                log_p = logits.log_softmax(dim=-1, dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
+                log_p_target = log_p.gather(1, targets[part])                   # (rows, 1)
+                loss -= (log_p_target.squeeze(1) * scale[part]).sum()
+                dlogits = torch.exp(log_p, out=logits)                          # softmax, where the logits were
+                dlogits.scatter_(1, targets[part], (log_p_target.exp() - 1).to(dtype))
+                torch.mm(dlogits, W_, out=dx[part])
+                if dW is not None:
+                    dW += dlogits.t() @ (x_[part] * scale[part, None]).to(dtype)
+            ctx.save_for_backward(dx * scale[:, None].to(dtype), dW)
+            ctx.dtype = x.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        dx, dW = ctx.saved_tensors
+        return (dx * g).to(ctx.dtype), None if dW is None else dW * g, None, None
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None):

@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -51,16 +52,19 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))      # U(±1/√in), as loralib and PEFT; the paper: Gaussian
-        self.enabled = True
+        self.enabled = self.fast = True     # fast: by LoRAProduct; False: by the definition, for comparison
         self.register_buffer("unmerged_weight", None, persistent=False)     # W while W + scaling · B A takes its place
         self.train(base.training)
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
         if self.merged or not self.enabled:
-            return y
-        h = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)            # (…, r)
-        return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)            # (…, out)
+            return F.linear(x, self.weight, self.bias)
+        dropping = self.training and self.dropout.p > 0
+        if self.fast and not dropping and not self.weight.requires_grad:
+            return LoRAProduct.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
+        h = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)                        # (…, r): the definition
+        y = F.linear(x, self.weight, self.bias)                                                 # (…, out)
+        return y + (self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
 
     @property
     def merged(self):
@@ -91,6 +95,43 @@ class LoRALinear(nn.Linear):
 
     def extra_repr(self):
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}" + (", merged" if self.merged else "")
+
+
+class LoRAProduct(torch.autograd.Function):
+    """h = W x + b + s · B A x, differentiated by hand: never the gradient of W, and the products in a cheap order."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, A, B, s):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
+        with torch.autocast(device, enabled=False):
+            x2 = x.reshape(-1, x.size(-1)).to(dtype)        # (N, in)
+            h = x2 @ A.t().to(dtype)                        # (N, r)
+            ctx.fold = W.dtype != torch.bfloat16 and x2.size(0) > W.size(1)
+            if ctx.fold:
+                y = F.linear(x2, torch.addmm(W, B, A, alpha=s).to(dtype), None if b is None else b.to(dtype))
+            else:
+                y = F.linear(x2, W.to(dtype), None if b is None else b.to(dtype)).addmm_(h, B.t().to(dtype), alpha=s)
+        ctx.save_for_backward(x2, h, W, A, B)
+        ctx.s, ctx.shape = s, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, h, W, A, B = ctx.saved_tensors
+        s, dtype, dx = ctx.s, x.dtype, None
+        g = g.reshape(-1, g.size(-1))                       # (N, out)
+        gB = g @ B.mul(s).to(dtype).t().contiguous().t()    # (N, r)
+        dA = gB.t() @ x                                     # (r, in)
+        dB = (h.t() @ g).t().mul(s)                         # (out, r)
+        if ctx.needs_input_grad[0]:
+            if ctx.fold:
+                dx = g @ torch.addmm(W, B, A, alpha=s).to(dtype)
+            else:
+                dx = (g @ W.to(dtype)).addmm_(gB, A.to(dtype))
+            dx = dx.view(ctx.shape)
+        return dx, None, None, dA.to(A.dtype), dB.to(B.dtype), None
 
 
 # ---- on a whole model ------------------------------------------------------------------------------------------------

@@ -58,11 +58,14 @@ class Settings:
     eval_every: int = flag("steps between looks at the held-out text", default=50)
     seed: int = flag("of the weights, the batches and dropout", default=1337)
     dtype: str = flag("of the matrix products: float32, or bfloat16 by autocast", default="float32")
+    loss_rows: int = flag("tokens for which the loss is computed at a time; 0 is all at once", default=0)
+    recompute: bool = flag("keep no activations inside the blocks, compute them again (checkpointing)", default=False)
     compile: bool = flag("torch.compile the model (needs a compiler)", default=False)
+    graph: bool = flag("on CUDA, capture the whole step in a graph and replay it", default=True)
 
     def __post_init__(self):
         least = dict(steps=1, batch_size=1, block_size=1, eval_every=1) | dict.fromkeys(
-            ("lr", "muon_lr", "weight_decay", "dropout", "warmup", "grad_clip", "seed"), 0)
+            ("lr", "muon_lr", "weight_decay", "dropout", "warmup", "grad_clip", "seed", "loss_rows"), 0)
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number from {low} up")
@@ -117,19 +120,23 @@ class Step:
     def __init__(self, model, settings):
         self.model, self.settings = model, settings
         self.device = next(model.parameters()).device
+        model.loss_rows, model.recompute = settings.loss_rows, settings.recompute
         self.call = torch.compile(model) if settings.compile else model
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         muon = {name for name, p in self.trained.items() if settings.muon_lr and ".h." in name and p.dim() == 2}
         decayed = [p for name, p in self.trained.items() if name not in muon and p.dim() == 2]
         others = [p for p in self.trained.values() if p.dim() < 2]      # biases and layer norms do not decay
-        self.optimizers = [torch.optim.AdamW([dict(params=decayed, weight_decay=settings.weight_decay),
-                                              dict(params=others, weight_decay=0.0)],
-                                             lr=settings.lr, betas=(0.9, 0.95), fused=True)]
+        self.captures = settings.graph and self.device.type == "cuda" and not muon      # torch's Muon cannot be captured
+        self.graph, self.calls = None, 0
+        self.optimizers = [torch.optim.AdamW(
+            [dict(params=decayed, weight_decay=settings.weight_decay), dict(params=others, weight_decay=0.0)],
+            lr=torch.tensor(settings.lr, device=self.device) if self.captures else settings.lr, betas=(0.9, 0.95),
+            fused=True, capturable=self.captures)]
         if muon:
             self.optimizers.append(torch.optim.Muon([self.trained[name] for name in muon], lr=settings.muon_lr,
                                                     weight_decay=settings.weight_decay))
         for group in self.groups():
-            group["initial_lr"] = group["lr"]
+            group["initial_lr"] = float(group["lr"])
 
     def groups(self):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -138,10 +145,14 @@ class Step:
         """Set the learning rates for step n: up to the highest along a line, then down to zero along another."""
         done, rise = (n + 1) / (self.settings.steps + 1), self.settings.warmup
         for group in self.groups():
-            group["lr"] = group["initial_lr"] * (done / rise if done < rise else (1 - done) / (1 - rise))
+            lr = group["initial_lr"] * (done / rise if done < rise else (1 - done) / (1 - rise))
+            if self.captures:
+                group["lr"].fill_(lr)       # a captured step reads this very tensor
+            else:
+                group["lr"] = lr
 
     def forward(self, x, y):
-        with autocast(self.device, self.settings):
+        with autocast(self.model, self.settings):
             return self.call(x, y)[1]
 
     def backward(self, loss):
@@ -154,15 +165,33 @@ class Step:
             optimizer.step()
             optimizer.zero_grad()
 
-    def __call__(self, x, y):
+    def eager(self, x, y):
         loss = self.forward(x, y)
         self.backward(loss)
         self.update()
         return loss.detach()
 
+    def __call__(self, x, y):
+        """On CUDA the fourth step is captured, and from there on replayed with new batches copied in: one launch in the
+        place of a thousand, which is what small models spend their time on. x, y must keep their shape."""
+        self.calls += 1
+        if not self.captures or self.calls <= 3:
+            return self.eager(x, y)
+        if self.graph is None:
+            self.batch, self.graph = (x.clone(), y.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loss = self.eager(*self.batch)
+        for held, new in zip(self.batch, (x, y)):
+            held.copy_(new)
+        self.graph.replay()
+        return self.loss.clone()
 
-def autocast(device, settings):
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.dtype == "bfloat16")
+
+def autocast(model, settings):
+    """bfloat16 products for float32 weights; a base stored in bfloat16 computes in it without being asked."""
+    weight = next(model.parameters())
+    return torch.autocast(weight.device.type, dtype=torch.bfloat16,
+                          enabled=settings.dtype == "bfloat16" and weight.dtype == torch.float32)
 
 
 @torch.no_grad()
@@ -176,7 +205,7 @@ def evaluate(model, corpus, settings):
     if whole < len(tokens) - 1:
         windows.append((tokens[None, whole:-1], tokens[None, whole + 1:]))
     for x, y in windows:
-        with autocast(device, settings):
+        with autocast(model, settings):
             logits, _ = model(x.to(device))
         nats += F.cross_entropy(logits.float().flatten(0, 1), y.to(device).flatten(), reduction="sum").item()
     model.train(was_training)
@@ -474,7 +503,7 @@ def make_parser():
     training = group(("--resume", dict(action="store_true", help="continue the interrupted run in --out")),
                      ("--fresh", dict(action="store_true", help="start over, replacing the run in --out")),
                      *((f"--{f.name.replace('_', '-')}", dict(help=f.metadata["help"], **(
-                         dict(action="store_true", default=None) if f.type is bool else dict(type=f.type))))
+                         dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type))))
                        for f in fields(Settings)))
     lora = group(("--r", dict(type=int, default=8, help="the adapter's rank")),
                  ("--alpha", dict(type=float, default=16.0, help="the update is scaled by alpha / r")),
