@@ -29,7 +29,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -98,40 +97,61 @@ class LoRALinear(nn.Linear):
 
 
 class LoRAProduct(torch.autograd.Function):
-    """h = W x + b + s · B A x, differentiated by hand: never the gradient of W, and the products in a cheap order."""
+    """h = W x + b + s · B A x, differentiated by hand, because the order of the products decides what LoRA costs.
+
+    x is (N, in), g = ∂loss/∂h is (N, out), N tokens. With u = x Aᵀ (N, r) and v = s · g B (N, r) the chain rule gives
+
+        ∂A = vᵀ x        ∂B = s · gᵀ u        ∂x = g W + v A        and no ∂W, a third of a full fine-tuning step.
+
+    Autograd finds the same, but: it knows only one order, and it does not know that W is frozen when it picks one.
+    Times for 128 -> 512, N = 2,048, r = 8 on two CPU cores in µs, where the three large products take about 1,250 each:
+
+        gᵀ u takes 1,054; its transpose uᵀ g, which reads g in the order that it lies in memory, 259
+        g B takes 418; with Bᵀ laid out anew first, 173
+        adding u Bᵀ to the output and v A to ∂x takes 240; folding W + s · B A before the product, 16, twice
+
+    Folding rounds the sum to the dtype of the products, as full fine-tuning under autocast rounds its weights. With W
+    stored in float32 that is fair. With W stored in bfloat16 it is not: W lies on bfloat16's grid already, and any
+    update smaller than half a step of the grid would vanish; there the thin product is added to the output. (On an H200
+    this costs what folding would: 105 and 112 µs a block at 768 wide.)
+
+    Kept for backward are x and u; autograd's x Aᵀ Bᵀ, of the size of the output, never is."""
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, s):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
         with torch.autocast(device, enabled=False):
-            x2 = x.reshape(-1, x.size(-1)).to(dtype)        # (N, in)
-            h = x2 @ A.t().to(dtype)                        # (N, r)
-            ctx.fold = W.dtype != torch.bfloat16 and x2.size(0) > W.size(1)
-            if ctx.fold:
-                y = F.linear(x2, torch.addmm(W, B, A, alpha=s).to(dtype), None if b is None else b.to(dtype))
-            else:
-                y = F.linear(x2, W.to(dtype), None if b is None else b.to(dtype)).addmm_(h, B.t().to(dtype), alpha=s)
-        ctx.save_for_backward(x2, h, W, A, B)
-        ctx.s, ctx.shape = s, x.shape
+            x2 = x.reshape(-1, x.size(-1)).to(dtype)                            # (N, in)
+            A_, B_, b_ = A.to(dtype), (B * s).to(dtype), None if b is None else b.to(dtype)
+            u = x2 @ A_.t()                                                     # (N, r)
+            ctx.fold = W.dtype != torch.bfloat16 and len(x2) > W.size(1)        # for a few tokens folding costs more
+            y = F.linear(x2, _fold(W, A_, B_), b_) if ctx.fold else F.linear(x2, W.to(dtype), b_).addmm_(u, B_.t())
+        ctx.save_for_backward(x2, u, W, A, B)
+        ctx.s, ctx.shape, ctx.dtype = s, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
-        x, h, W, A, B = ctx.saved_tensors
-        s, dtype, dx = ctx.s, x.dtype, None
-        g = g.reshape(-1, g.size(-1))                       # (N, out)
-        gB = g @ B.mul(s).to(dtype).t().contiguous().t()    # (N, r)
-        dA = gB.t() @ x                                     # (r, in)
-        dB = (h.t() @ g).t().mul(s)                         # (out, r)
+        if torch.is_grad_enabled():
+            raise RuntimeError("LoRAProduct has no second derivative; with layer.fast = False LoRALinear has one")
+        x, u, W, A, B = ctx.saved_tensors
+        g, dx = g.reshape(-1, g.size(-1)), None                                 # (N, out)
+        A_, B_ = A.to(x.dtype), (B * ctx.s).to(x.dtype)
+        v = g @ B_.t().contiguous().t()                                         # (N, r)
+        dA = (v.t() @ x).to(A.dtype)                                            # (r, in)
+        dB = ((u.t() @ g).t() * ctx.s).to(B.dtype)                              # (out, r)
         if ctx.needs_input_grad[0]:
-            if ctx.fold:
-                dx = g @ torch.addmm(W, B, A, alpha=s).to(dtype)
-            else:
-                dx = (g @ W.to(dtype)).addmm_(gB, A.to(dtype))
-            dx = dx.view(ctx.shape)
-        return dx, None, None, dA.to(A.dtype), dB.to(B.dtype), None
+            dx = g @ _fold(W, A_, B_) if ctx.fold else (g @ W.to(x.dtype)).addmm_(v, A_)        # (N, in)
+            dx = dx.view(ctx.shape).to(ctx.dtype)
+        return dx, None, None, dA, dB, None
+
+
+def _fold(W, A, B):
+    """W + B A in the dtype of A and B, (out, in): the sum in W's precision, then rounded once."""
+    if W.dtype == A.dtype:
+        return torch.addmm(W, B, A)
+    return torch.add(W, B @ A, out=torch.empty_like(W, dtype=A.dtype))
 
 
 # ---- on a whole model ------------------------------------------------------------------------------------------------

@@ -58,21 +58,23 @@ class Settings:
     eval_every: int = flag("steps between looks at the held-out text", default=50)
     seed: int = flag("of the weights, the batches and dropout", default=1337)
     dtype: str = flag("of the matrix products: float32, or bfloat16 by autocast", default="float32")
-    loss_rows: int = flag("tokens for which the loss is computed at a time; 0 is all at once", default=0)
+    base_dtype: str = flag("how the frozen base is stored while LoRA trains: float32 or bfloat16", default="float32")
+    loss_chunk: int = flag("logits that the loss computes at a time; 0 is all at once", default=2**20)
     recompute: bool = flag("keep no activations inside the blocks, compute them again (checkpointing)", default=False)
     compile: bool = flag("torch.compile the model (needs a compiler)", default=False)
     graph: bool = flag("on CUDA, capture the whole step in a graph and replay it", default=True)
 
     def __post_init__(self):
         least = dict(steps=1, batch_size=1, block_size=1, eval_every=1) | dict.fromkeys(
-            ("lr", "muon_lr", "weight_decay", "dropout", "warmup", "grad_clip", "seed", "loss_rows"), 0)
+            ("lr", "muon_lr", "weight_decay", "dropout", "warmup", "grad_clip", "seed", "loss_chunk"), 0)
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number from {low} up")
         if self.dropout >= 1 or self.warmup >= 1:
             raise ValueError(f"--dropout ({self.dropout}) and --warmup ({self.warmup}) are shares; they must be below 1")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--dtype is {self.dtype!r}; it must be float32 or bfloat16")
+        for name in ("dtype", "base_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it must be float32 or bfloat16")
 
 
 RECIPES = {     # what a kind of device pretrains in minutes, and how
@@ -93,9 +95,17 @@ def recipe(device):
 
 def settings_for(kind, args):
     """The recipe of this kind of training ("pretrain", "full", "lora") on this device, changed by the flags given."""
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
-    bf16 = torch.device(args.device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return Settings(**{"dtype": "bfloat16" if bf16 else "float32", **recipe(args.device)[kind], **given})
+    settings = dict(recipe(args.device)[kind])
+    if torch.device(args.device).type == "cuda":
+        settings["loss_chunk"] = 2**24
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            settings["dtype"] = "bfloat16"
+            # A compiled step is faster with a float32 base, whose folding the compiler fuses: 15.0 ms, not 16.9 (124M, H200).
+            settings["base_dtype"] = "float32" if args.compile or kind != "lora" else "bfloat16"
+    settings |= {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
+    if args.compile and args.graph is None:
+        settings["graph"] = False
+    return Settings(**settings)
 
 
 def pick_device(name):
@@ -120,7 +130,7 @@ class Step:
     def __init__(self, model, settings):
         self.model, self.settings = model, settings
         self.device = next(model.parameters()).device
-        model.loss_rows, model.recompute = settings.loss_rows, settings.recompute
+        model.loss_chunk, model.recompute = settings.loss_chunk, settings.recompute
         self.call = torch.compile(model) if settings.compile else model
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         muon = {name for name, p in self.trained.items() if settings.muon_lr and ".h." in name and p.dim() == 2}
@@ -331,6 +341,11 @@ def pretrain(args, source, dir):
     close_run(dir, asked, curve)
 
 
+def prepare_lora(model, lora, settings):
+    """Store the base as the settings say, and put LoRA on it; A and B are float32."""
+    apply_lora(model.to(getattr(torch, settings.base_dtype)), **lora)
+
+
 def tune(args, method, source, dir):
     """Tune the base model to a corpus, all of it ("full") or by LoRA ("lora"), into dir.
 
@@ -345,7 +360,7 @@ def tune(args, method, source, dir):
     torch.manual_seed(settings.seed)
     lora = {"r": args.r, "alpha": args.alpha, "target_modules": args.target_modules} if method == "lora" else None
     if lora:
-        apply_lora(model, **lora)
+        prepare_lora(model, lora, settings)
     with open(Path(args.base, "model.safetensors"), "rb") as file:
         base = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     asked = {"data": str(source), "corpus": corpus.digest, "base": base, "lora": lora, "settings": asdict(settings)}
@@ -365,7 +380,7 @@ def tune(args, method, source, dir):
     model = load_model(args.base if lora else dir, args.device)[0]
     if lora:
         load_lora(model, dir)
-    return SimpleNamespace(settings=settings, corpus=corpus, curve=curve, model=model.eval())
+    return SimpleNamespace(settings=settings, corpus=corpus, curve=curve, lora=lora, model=model.eval())
 
 
 def compare_methods(args, source, out):
@@ -379,8 +394,8 @@ def compare_methods(args, source, out):
     base, encoding, learnt_from = load_model(args.base, args.device)
     for method, run in runs.items():
         model = load_model(args.base, args.device, run.settings.dropout)[0]
-        if method == "lora":
-            apply_lora(model, args.r, args.alpha, args.target_modules)
+        if run.lora:
+            prepare_lora(model, run.lora, run.settings)
         steps[method] = Step(model.train(), run.settings)
     settings, corpus = run.settings, run.corpus
     batch = Batches(corpus.train, settings.batch_size, settings.block_size, seed=0)[0]

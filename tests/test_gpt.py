@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from conftest import make_gpt
-from gpt import GPT, GPTConfig, replacing, sample
+from gpt import GPT, ChunkedLoss, GPTConfig, replacing, sample
 
 SHAPES = [dict(), dict(n_layer=1, n_head=1, n_embd=16, vocab_size=300), dict(n_layer=3, n_head=6, n_embd=48, block_size=20)]
 
@@ -211,3 +211,81 @@ def test_targets_of_minus_100_do_not_count(model, idx):
     targets[:, :10] = -100
     logits, loss = model(idx, targets)
     assert loss.item() == pytest.approx(F.cross_entropy(logits[:, 10:].flatten(0, 1), idx[:, 10:].flatten()).item(), rel=1e-5)
+
+
+# ---- what saves memory -----------------------------------------------------------------------------------------------
+
+def loss_and_gradients(model, idx, targets, chunk=0, recompute=False):
+    model.loss_chunk, model.recompute = chunk, recompute
+    model.zero_grad()
+    logits, loss = model(idx, targets)
+    loss.backward()
+    assert (logits is None) == (chunk > 0)
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("chunk", [1, 97 * 16, 97 * 50, 10**9])
+@pytest.mark.parametrize("head", ["trained", "frozen"])
+def test_the_chunked_loss_is_the_plain_loss(idx, chunk, head):
+    model = make_gpt()
+    model.lm_head.weight.requires_grad_(head == "trained")
+    targets = idx.roll(-1, dims=1)
+    targets[0, :7] = -100
+    loss, gradients = loss_and_gradients(model, idx, targets)
+    chunked, chunked_gradients = loss_and_gradients(model, idx, targets, chunk)
+    torch.testing.assert_close(chunked, loss, atol=1e-5, rtol=1e-5)
+    assert gradients.keys() == chunked_gradients.keys() and ("transformer.wte.weight" in gradients) == (head == "trained")
+    for name in gradients:
+        torch.testing.assert_close(chunked_gradients[name], gradients[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_chunked_loss_is_the_derivative_of_itself():
+    torch.manual_seed(0)
+    x, W = torch.randn(13, 6, dtype=torch.float64, requires_grad=True), torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (13,))
+    assert torch.autograd.gradcheck(lambda x, W: ChunkedLoss.apply(x, W, targets, 50), (x, W))
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(ChunkedLoss.apply(x, W, targets, 50), x, create_graph=True)
+
+
+def test_the_chunked_loss_agrees_to_rounding_under_bfloat16_autocast(idx):
+    model = make_gpt(std=0.1)
+    exact, exact_gradients = loss_and_gradients(model, idx, idx)
+    for chunk in (0, 97 * 16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, gradients = loss_and_gradients(model, idx, idx, chunk)
+        assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+        for name, g in gradients.items():
+            assert (g - exact_gradients[name]).norm() < 0.05 * exact_gradients[name].norm() + 1e-4, (chunk, name)
+
+
+def test_logits_never_exist_whole_with_the_chunked_loss():
+    from compare import LiveBytes
+    model, idx = make_gpt(vocab_size=5000), torch.randint(5000, (8, 32))
+    model.loss_chunk, whole = 5000 * 16, 8 * 32 * 5000 * 4
+    for module in model.modules():
+        module.requires_grad_(False)
+    model.transformer.ln_f.requires_grad_(True)
+    with LiveBytes(model.parameters()) as live:
+        before = live.now
+        model(idx, idx)[1].backward()
+    assert live.peak - before < whole / 2
+
+
+def test_recomputing_the_blocks_changes_no_gradient_and_keeps_less(idx):
+    model = make_gpt(dropout=0.1).train()
+    kept = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        bytes_kept = 0
+
+        def count(tensor):
+            nonlocal bytes_kept
+            bytes_kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            kept.append((*loss_and_gradients(model, idx, idx, recompute=recompute), bytes_kept))
+    assert torch.equal(kept[0][0], kept[1][0]) and kept[1][2] < kept[0][2]
+    for name, g in kept[0][1].items():
+        torch.testing.assert_close(kept[1][1][name], g, atol=1e-6, rtol=1e-5)

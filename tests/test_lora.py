@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 
 import lora_minimal
 from conftest import make_gpt
-from lora_minimal import (LoRALinear, apply_lora, disable_lora, load_lora, load_lora_state_dict, lora_parameters,
+from lora_minimal import (LoRALinear, LoRAProduct, apply_lora, disable_lora, load_lora, load_lora_state_dict, lora_parameters,
                           lora_state_dict, merge_lora, remove_lora, save_lora, unmerge_lora)
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
@@ -67,6 +68,16 @@ def test_adapters_of_a_bf16_base_are_float32_and_the_output_is_bf16():
     layer = LoRALinear(nn.Linear(16, 24, dtype=torch.bfloat16), r=3, alpha=7)
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
     assert layer(torch.randn(5, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_b_zero_is_bitwise_the_base_layer(fast):
+    torch.manual_seed(0)
+    base = nn.Linear(16, 24)
+    layer = LoRALinear(base, r=3, alpha=7)
+    layer.requires_grad_(False).fast = fast
+    for x in (torch.randn(5, 16), torch.randn(2, 40, 16)):
+        assert torch.equal(layer(x), base(x))
 
 
 def test_dropout_acts_on_the_adapter_alone():
@@ -198,6 +209,121 @@ def test_outputs_and_gradients_equal_pefts(model, idx, rslora):
     assert len(pairs) == 16
     for p, q in pairs:
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
+
+
+# ---- the hand-written backward -----------------------------------------------------------------------------------------
+
+def layer_and_input(shape=(3, 40, 16), bias=True, dtype=torch.float32, transposed=False):
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(16, 24, bias=bias, dtype=dtype), r=3, alpha=7)
+    layer.requires_grad_(False)
+    for p in (layer.lora_A, layer.lora_B):
+        nn.init.normal_(p.requires_grad_(True), std=0.5)
+    x = torch.randn(shape[::-1] if transposed else shape, dtype=dtype)
+    return layer, (x.T if transposed else x).requires_grad_(True)
+
+
+def gradients(layer, x, fast, call=None):
+    """Output and gradients of A, B and x for a fixed weighting of the outputs."""
+    layer.fast = fast
+    y = (layer if call is None else call)(x)
+    weighting = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    inputs = [layer.lora_A, layer.lora_B] + ([x] if x.requires_grad else [])
+    return y, *torch.autograd.grad((y * weighting).sum(), inputs)
+
+
+@pytest.mark.parametrize("tokens", [5, 40])        # fewer than `in`: added to the output; more: folded into W
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_backward_is_the_derivative(tokens, bias):
+    layer, x = layer_and_input((tokens, 16), bias, torch.float64)
+    A, B = (p.detach().double().requires_grad_(True) for p in (layer.lora_A, layer.lora_B))
+    assert torch.autograd.gradcheck(
+        lambda x, A, B: LoRAProduct.apply(x, layer.weight, layer.bias, A, B, layer.scaling), (x, A, B))
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(shape=(40, 16)), dict(shape=(5, 16)), dict(shape=(16,)), dict(shape=(2, 2, 9, 16)), dict(bias=False),
+    dict(shape=(40, 16), transposed=True), dict(shape=(1, 16))])
+def test_fast_and_plain_agree_in_float32(options):
+    layer, x = layer_and_input(**options)
+    for fast, plain in zip(gradients(layer, x, True), gradients(layer, x, False)):
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_fast_and_plain_agree_to_rounding_in_bfloat16(base):
+    layer, x = layer_and_input(dtype=base)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=base == torch.float32):
+        fast, plain = gradients(layer, x, True), gradients(layer, x, False)
+    assert fast[0].dtype == torch.bfloat16 and fast[1].dtype == fast[2].dtype == torch.float32 and fast[3].dtype == base
+    exact, x = copy.deepcopy(layer).float(), x.detach().float().requires_grad_(True)
+    for a, b, c in zip(fast, plain, gradients(exact, x, False)):
+        error_fast, error_plain = ((z.float() - c).norm() / c.norm() for z in (a, b))
+        assert error_fast < 0.015 and error_fast < 2 * error_plain + 0.002
+
+
+def test_an_input_that_needs_no_gradient_costs_none():
+    layer, x = layer_and_input()
+    x = x.detach()
+    for fast, plain in zip(gradients(layer, x, True), gradients(layer, x, False)):
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fast_compiles():
+    layer, x = layer_and_input()
+    layer.fast = True
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for fast, plain in zip(gradients(layer, x, True, compiled), gradients(layer, x, False)):
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_fast_works_under_checkpointing():
+    layer, x = layer_and_input()
+    for fast, plain in zip(gradients(layer, x, True, lambda x: checkpoint(layer, x, use_reentrant=False)),
+                           gradients(layer, x, False)):
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_only_the_input_and_what_is_rank_sized_is_kept_for_backward():
+    layer, x = layer_and_input()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    own = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
+    assert max(t.numel() for t in kept if t.data_ptr() not in own) == 3 * 40 * 3
+    assert sum(t.data_ptr() not in own for t in kept) == 1
+
+
+def test_a_second_derivative_is_refused():
+    layer, x = layer_and_input()
+    with pytest.raises(RuntimeError, match="second derivative.*fast = False"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    layer.fast = False
+    (dx,) = torch.autograd.grad((layer(x) ** 2).sum(), x, create_graph=True)
+    dx.sum().backward()
+    assert layer.lora_A.grad.abs().sum() > 0
+
+
+def test_a_weight_made_trainable_again_gets_its_gradient():
+    layer, x = layer_and_input()
+    layer.weight.requires_grad_(True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.detach().flatten(0, 1).sum(0).expand(24, 16), atol=1e-4, rtol=1e-4)
+
+
+def test_training_follows_the_same_curve_fast_and_plain(idx):
+    losses = []
+    for fast in (True, False):
+        model = make_gpt()
+        torch.manual_seed(0)
+        apply_lora(model)
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                module.fast = fast
+        train_steps(model, idx, 30, lr=3e-3)
+        losses.append(model(idx[:, :-1], idx[:, 1:])[1].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------
