@@ -19,6 +19,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lora_minimal import LoRALinear
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt      # noqa: E402  (the backend must be chosen first)
 
@@ -138,6 +140,77 @@ def measure_time(steps, x, y, rounds=10, warmup=3):
     return {name: {key: statistics.median(values) for key, values in of.items()} for name, of in times.items()}
 
 
+# ---- prediction ------------------------------------------------------------------------------------------------------
+
+def predict(step, x):
+    """What arithmetic says of a step on x (B, T) -> ({kind: bytes}, {part: floating-point operations}).
+
+    Operations: a product with a matrix of n numbers takes 2 n for every token, forward; as many again for the gradient of
+    its input, and as many again for that of the matrix, which a frozen one does not need (so LoRA saves up to a third). A
+    and B add thin products, of r × (in + out): u = x Aᵀ, v = g B and the gradients of A and B, and adding both to the
+    outputs, or folding them into W, which costs less than it looks here.
+    Bytes: numbers are counted where they are made and kept, in 2 or 4 bytes each."""
+    model, settings, tokens, T = step.model, step.settings, x.numel(), x.size(1)
+    c, C = model.config, model.config.n_embd
+    parameters, trained = list(model.parameters()), list(step.trained.values())
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    adapted = [m for m in linears if isinstance(m, LoRALinear)]
+    low = 2 if settings.dtype == "bfloat16" else 4          # bytes of a number that a product reads or writes
+    stream = parameters[0].element_size()                   # and of one in the residual stream
+
+    # Per token and block: the inputs of both layer norms, in the stream; their outputs (C each), q, k and v (3 C), what
+    # attention gives (C), the MLP's hidden numbers before and after the GELU (8 C); float32 statistics of norms and softmax.
+    block = stream * C if settings.recompute else 2 * stream * C + 14 * low * C + 16 + 4 * c.n_head
+    if settings.dropout and not settings.recompute:
+        block += 2 * C                                      # which numbers were dropped, a byte each
+    head = stream * C + 8                                   # the last norm's input
+    if settings.loss_chunk or model.lm_head.weight.requires_grad:
+        head += low * C                                     # what the head reads, or already the gradient of it
+    if not settings.loss_chunk:
+        head += 4 * c.vocab_size                            # log-probabilities
+    activations = tokens * (c.n_layer * block + head + low * sum(m.r for m in adapted) * (not settings.recompute))
+    if not (model.transformer.wte.weight.requires_grad or settings.recompute):
+        activations -= tokens * stream * C                  # nothing before the first block needs a gradient
+    if settings.loss_chunk and model.lm_head.weight.requires_grad:
+        activations += 4 * c.vocab_size * C                 # the head's gradient, made together with the loss
+    if low < stream:                                        # autocast's copies of the weights that autograd multiplies by
+        activations += low * sum(m.weight.numel() for m in linears if m not in adapted and m is not model.lm_head)
+    memory = {"weights": sum(p.nbytes for p in parameters), "gradients": sum(p.nbytes for p in trained),
+              "optimizer": 2 * sum(p.nbytes for p in trained), "activations": activations}
+
+    products = 2 * tokens * sum(m.weight.numel() for m in linears)
+    attention = 2 * tokens * c.n_layer * C * T              # q kᵀ and p v, each over half of the T tokens on average
+    operations = {"forward": products + attention, "backward, inputs": products + 2 * attention,
+                  "backward, weights": 2 * tokens * sum(m.weight.numel() for m in linears if m.weight.requires_grad),
+                  "thin products": 6 * tokens * sum(m.r * (m.in_features + m.out_features) for m in adapted),
+                  "forward again": settings.recompute * (products + attention)}
+    return memory, operations
+
+
+def ledgers(report, predicted):
+    """Predicted beside measured, as lines of text: `predicted` {method: predict(…)}, report as for table()."""
+    methods = [(report["methods"][m], *predicted[m]) for m in ("full", "lora")]
+    rows = [("one step", "full: predicted", "measured", "LoRA: predicted", "measured")]
+    for kind in ("weights", "gradients", "optimizer", "activations"):
+        rows.append((f"memory: {kind}", *(size(n) for m, memory, _ in methods for n in (memory[kind], m["memory"][kind]))))
+    for part in methods[0][2]:
+        if any(operations[part] for _, _, operations in methods):
+            rows.append((part, *(cell for m, _, operations in methods for cell in (
+                f"{operations[part] / 1e9:,.1f} GFLOP", f"{m['time']['forward_ms']:.1f} ms" if part == "forward" else ""))))
+    rows.append(("backward, all of it", *(cell for m, _, operations in methods for cell in (
+        f"{(sum(operations.values()) - operations['forward']) / 1e9:,.1f} GFLOP", f"{m['time']['backward_ms']:.1f} ms"))))
+    limit = sum(methods[0][2].values()) / sum(methods[1][2].values())
+    speed = methods[0][0]["time"]["step_ms"] / methods[1][0]["time"]["step_ms"]
+    return aligned(rows) + (f"\n\nIf all operations took equally long, a LoRA step would be {limit:.2f} times as fast as a full "
+                            f"one; it was {speed:.2f} times.")
+
+
+def aligned(rows):
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:])) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
 def measure(steps, x, y):
     """All of the above for each of `steps` {name: step} on one batch -> {name: the measured part of comparison.json}."""
     memory = {name: measure_memory(step, x, y) for name, step in steps.items()}
@@ -190,9 +263,7 @@ def table(report, style, base_name):
     row(f"{base_name} held out, after", "base_bpb_after", bpb)
     row("steps trained", "steps", str, ratio=False)
     row("training time to the best", "seconds_to_best", "{:.1f} s".format)
-    widths = [max(len(r[i]) for r in rows) for i in range(4)]
-    lines = [f"{r[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(r[1:], widths[1:])) for r in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return aligned(rows)
 
 
 def findings(report):

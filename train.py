@@ -59,7 +59,7 @@ class Settings:
     seed: int = flag("of the weights, the batches and dropout", default=1337)
     dtype: str = flag("of the matrix products: float32, or bfloat16 by autocast", default="float32")
     base_dtype: str = flag("how the frozen base is stored while LoRA trains: float32 or bfloat16", default="float32")
-    loss_chunk: int = flag("logits that the loss computes at a time; 0 is all at once", default=2**20)
+    loss_chunk: int = flag("logits that the loss computes at a time; 0 is all at once", default=0)
     recompute: bool = flag("keep no activations inside the blocks, compute them again (checkpointing)", default=False)
     compile: bool = flag("torch.compile the model (needs a compiler)", default=False)
     graph: bool = flag("on CUDA, capture the whole step in a graph and replay it", default=True)
@@ -89,15 +89,17 @@ RECIPES = {     # what a kind of device pretrains in minutes, and how
 }
 
 
+LOSS_CHUNK = {"cpu": 2**20, "mps": 2**22, "cuda": 2**24}        # logits at a time: few enough for the cache, or the memory
+
+
 def recipe(device):
     return RECIPES["cpu" if torch.device(device).type == "cpu" else "gpu"]
 
 
 def settings_for(kind, args):
     """The recipe of this kind of training ("pretrain", "full", "lora") on this device, changed by the flags given."""
-    settings = dict(recipe(args.device)[kind])
+    settings = dict(recipe(args.device)[kind], loss_chunk=LOSS_CHUNK[torch.device(args.device).type])
     if torch.device(args.device).type == "cuda":
-        settings["loss_chunk"] = 2**24
         if torch.cuda.is_bf16_supported(including_emulation=False):
             settings["dtype"] = "bfloat16"
             # A compiled step is faster with a float32 base, whose folding the compiler fuses: 15.0 ms, not 16.9 (124M, H200).
@@ -398,8 +400,9 @@ def compare_methods(args, source, out):
             prepare_lora(model, run.lora, run.settings)
         steps[method] = Step(model.train(), run.settings)
     settings, corpus = run.settings, run.corpus
-    batch = Batches(corpus.train, settings.batch_size, settings.block_size, seed=0)[0]
-    measured = compare.measure(steps, *(tokens.to(args.device) for tokens in batch))
+    x, y = (t.to(args.device) for t in Batches(corpus.train, settings.batch_size, settings.block_size, seed=0)[0])
+    predicted = {method: compare.predict(step, x) for method, step in steps.items()}
+    measured = compare.measure(steps, x, y)
     base_source = args.base_data or learnt_from or "tales"
     base_corpus = load_corpus(base_source, 0.05, encoding, args.out, settings.block_size)
     for method, run in runs.items():
@@ -418,6 +421,7 @@ def compare_methods(args, source, out):
     with replacing(Path(out, "comparison.png")) as path:
         compare.plot(report, {method: run.curve for method, run in runs.items()}, style, path)
     say(compare.table(report, style, Path(base_source).stem) + "\n")
+    say(compare.ledgers(report, predicted) + "\n")
     for sentence in compare.findings(report):
         say(textwrap.fill(sentence, WIDTH, initial_indent="  · ", subsequent_indent="    "))
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import compare
 from gpt import GPT, GPTConfig
 from lora_minimal import apply_lora
-from train import Settings, Step, device_name
+from train import LOSS_CHUNK, Settings, Step, device_name
 
 SHAPES = {      # preset, batch, block; 50,304 is GPT-2's vocabulary as nanoGPT fills it up, to be kind to everyone
     "laptop": (dict(name="tiny"), 16, 128),
@@ -76,7 +76,7 @@ def replace(model, targets, make):
 
 def competitors(args, shape):
     """{(library, targets): function that makes its model and says its loss_chunk}"""
-    chunk = 2**26 if args.device.startswith("cuda") else 2**20
+    chunk = args.loss_chunk or LOSS_CHUNK[args.device.split(":")[0]]
 
     def gpt(dtype=torch.float32):
         torch.manual_seed(0)
@@ -93,7 +93,8 @@ def competitors(args, shape):
         return peft.get_peft_model(gpt(), config), 0
 
     made = {("full", "-"): lambda: (gpt(), 0), ("full, chunked loss", "-"): lambda: (gpt(), chunk)}
-    for name, targets in TARGETS.items():
+    for name in args.targets:
+        targets = TARGETS[name]
         made["naive", name] = lambda targets=targets: (replace(gpt(), targets, NaiveLoRA), 0)
         made["PEFT", name] = lambda targets=targets: with_peft(targets)
         made["loralib", name] = lambda targets=targets: (replace(gpt(), targets, with_loralib), 0)
@@ -149,6 +150,8 @@ def main():
     parser.add_argument("--modes", nargs="+", choices=("eager", "captured", "compiled"), default=["eager"])
     parser.add_argument("--only", nargs="+", help="of the libraries only these, beside full fine-tuning")
     parser.add_argument("--recompute", action="store_true", help="full and ours alone, both with checkpointing")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--loss-chunk", type=int, help="logits at a time in the chunked loss; train.py's if not given")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeat", type=int, default=1, help="steps in a round of one competitor")
     parser.add_argument("--json", type=Path, help="write the rows there")

@@ -284,3 +284,24 @@ def test_a_saved_base_is_what_was_judged(base):
     corpus = tokenize(text, encoding, Path(base).parent / "tokens", 32)
     best = min(point["bpb"] for point in record["curve"])
     assert evaluate(model, corpus, Settings(**record["asked"]["settings"])) == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_captured_step_gives_the_losses_of_an_eager_one(lora):
+    curves = []
+    for graph in (True, False):
+        model = make_gpt(std=0.02).cuda().train()
+        torch.manual_seed(0)
+        if lora:
+            apply_lora(model)
+        step = Step(model, settings(steps=30, graph=graph, loss_chunk=97 * 16))
+        generator = torch.Generator().manual_seed(0)
+        losses = []
+        for n in range(30):
+            step.schedule(n)
+            idx = torch.randint(97, (4, 33), generator=generator).cuda()
+            losses.append(step(idx[:, :-1].contiguous(), idx[:, 1:].contiguous()).item())
+        assert (step.graph is not None) == graph
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
