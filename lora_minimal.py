@@ -122,36 +122,35 @@ class LoRAProduct(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
         with torch.autocast(device, enabled=False):
-            x2 = x.reshape(-1, x.size(-1)).to(dtype)                            # (N, in)
-            A_, B_, b_ = A.to(dtype), (B * s).to(dtype), None if b is None else b.to(dtype)
-            u = x2 @ A_.t()                                                     # (N, r)
-            ctx.fold = W.dtype != torch.bfloat16 and len(x2) > W.size(1)        # for a few tokens folding costs more
-            y = F.linear(x2, _fold(W, A_, B_), b_) if ctx.fold else F.linear(x2, W.to(dtype), b_).addmm_(u, B_.t())
-        ctx.save_for_backward(x2, u, W, A, B)
-        ctx.s, ctx.shape, ctx.dtype = s, x.shape, x.dtype
+            x2, A_, b_ = x.reshape(-1, x.size(-1)).to(dtype), A.to(dtype), None if b is None else b.to(dtype)   # x2 (N, in)
+            sBt = torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))      # (r, out), in that order in memory
+            u = x2 @ A_.t()                                                             # (N, r)
+            ctx.fold = W.dtype != torch.bfloat16 and len(x2) > W.size(1)                # for few tokens folding costs more
+            y = F.linear(x2, _fold(W, A_, sBt), b_) if ctx.fold else F.linear(x2, W.to(dtype), b_).addmm_(u, sBt)
+        ctx.save_for_backward(x2, u, W, A_, sBt)
+        ctx.s, ctx.shape, ctx.dtypes = s, x.shape, (x.dtype, A.dtype, B.dtype)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled():
             raise RuntimeError("LoRAProduct has no second derivative; with layer.fast = False LoRALinear has one")
-        x, u, W, A, B = ctx.saved_tensors
-        g, dx = g.reshape(-1, g.size(-1)), None                                 # (N, out)
-        A_, B_ = A.to(x.dtype), (B * ctx.s).to(x.dtype)
-        v = g @ B_.t().contiguous().t()                                         # (N, r)
-        dA = (v.t() @ x).to(A.dtype)                                            # (r, in)
-        dB = ((u.t() @ g).t() * ctx.s).to(B.dtype)                              # (out, r)
+        x, u, W, A_, sBt = ctx.saved_tensors
+        g, dx = g.reshape(-1, g.size(-1)), None                                         # (N, out)
+        v = g @ sBt.t()                                                                 # (N, r)
+        dA = v.t() @ x                                                                  # (r, in)
+        dB = torch.addmm(g.new_empty(1), u.t(), g, beta=0, alpha=ctx.s).t()             # (out, r): s (uᵀ g)ᵀ
         if ctx.needs_input_grad[0]:
-            dx = g @ _fold(W, A_, B_) if ctx.fold else (g @ W.to(x.dtype)).addmm_(v, A_)        # (N, in)
-            dx = dx.view(ctx.shape).to(ctx.dtype)
-        return dx, None, None, dA, dB, None
+            dx = g @ _fold(W, A_, sBt) if ctx.fold else (g @ W.to(x.dtype)).addmm_(v, A_)       # (N, in)
+            dx = dx.view(ctx.shape).to(ctx.dtypes[0])
+        return dx, None, None, dA.to(ctx.dtypes[1]), dB.to(ctx.dtypes[2]), None
 
 
-def _fold(W, A, B):
-    """W + B A in the dtype of A and B, (out, in): the sum in W's precision, then rounded once."""
+def _fold(W, A, sBt):
+    """W + s · B A in the dtype of A, (out, in): summed in W's precision, then rounded once."""
     if W.dtype == A.dtype:
-        return torch.addmm(W, B, A)
-    return torch.add(W, B @ A, out=torch.empty_like(W, dtype=A.dtype))
+        return torch.addmm(W, sBt.t(), A)
+    return torch.add(W, sBt.t() @ A, out=torch.empty_like(W, dtype=A.dtype))
 
 
 # ---- on a whole model ------------------------------------------------------------------------------------------------
