@@ -132,6 +132,7 @@ def measure_time(steps, x, y, rounds=10, warmup=3):
             t2 = wait()
             step.update()
             t3 = wait()
+            del loss            # with it dies the graph of this backward, which a capture on another stream must not meet
             step(x, y)
             t4 = wait()
             if round >= warmup:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import compare
 from gpt import GPT, GPTConfig
 from lora_minimal import apply_lora
-from train import LOSS_CHUNK, Settings, Step, device_name
+from train import Settings, Step, device_name, loss_chunk
 
 SHAPES = {      # preset, batch, block; 50,304 is GPT-2's vocabulary as nanoGPT fills it up, to be kind to everyone
     "laptop": (dict(name="tiny"), 16, 128),
@@ -76,8 +76,6 @@ def replace(model, targets, make):
 
 def competitors(args, shape):
     """{(library, targets): function that makes its model and says its loss_chunk}"""
-    chunk = args.loss_chunk or LOSS_CHUNK[args.device.split(":")[0]]
-
     def gpt(dtype=torch.float32):
         torch.manual_seed(0)
         with torch.device(args.device):
@@ -86,13 +84,14 @@ def competitors(args, shape):
     def ours(targets, dtype):
         model = gpt(dtype)
         apply_lora(model, r=R, alpha=ALPHA, target_modules=targets)
-        return model, chunk
+        return model, args.loss_chunk or loss_chunk("lora", args.device)
 
     def with_peft(targets):
         config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets)
         return peft.get_peft_model(gpt(), config), 0
 
-    made = {("full", "-"): lambda: (gpt(), 0), ("full, chunked loss", "-"): lambda: (gpt(), chunk)}
+    made = {("full", "-"): lambda: (gpt(), 0), ("full, chunked loss", "-"): lambda: (
+        gpt(), args.loss_chunk or loss_chunk("full", args.device))}
     for name in args.targets:
         targets = TARGETS[name]
         made["naive", name] = lambda targets=targets: (replace(gpt(), targets, NaiveLoRA), 0)
@@ -168,7 +167,7 @@ def main():
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({
             "device": device_name(args.device), "shape": args.shape, "batch": batch, "block": block,
-            "recompute": args.recompute, "rounds": args.rounds, "rows": rows,
+            "recompute": args.recompute, "loss_chunk": args.loss_chunk, "rounds": args.rounds, "rows": rows,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "peft": peft.__version__,
                          "loralib": "0.1.2"}}, indent=2) + "\n")
 
