@@ -21,7 +21,8 @@ def table():
                     cells = [f"{found[name]['speedup_vs_full']:.2f} / {found[name]['memory_vs_full']:.2f}" if name in found
                              else "" for name in LIBRARIES]
                     cells[-1] = f"**{cells[-1]}**" if cells[-1] else ""
-                    how = mode + (", recomputed" if result["recompute"] else "")
+                    chunk = f", 2^{result['loss_chunk'].bit_length() - 1}" if result["loss_chunk"] else ""
+                    how = mode + chunk + (", recomputed" if result["recompute"] else "")
                     lines.append("| " + " | ".join([result["device"].replace("x86_64 CPU, 2 threads", "2 CPU cores"),
                                                     NAMES[result["shape"]], how, targets, *cells]) + " |")
     return "\n".join(lines) + "\n"
