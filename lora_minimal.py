@@ -48,8 +48,9 @@ class LoRALinear(nn.Linear):
         # and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) divides by √r.
         self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
         self.dropout = nn.Dropout(dropout)
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
+        like = dict(device=base.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))      # U(±1/√in), as loralib and PEFT; the paper: Gaussian
         self.enabled = self.fast = True     # fast: by LoRAProduct; False: by the definition, for comparison
         self.register_buffer("unmerged_weight", None, persistent=False)     # W while W + scaling · B A takes its place
@@ -58,8 +59,8 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         if self.merged or not self.enabled:
             return F.linear(x, self.weight, self.bias)
-        dropping = self.training and self.dropout.p > 0
-        if self.fast and not dropping and not self.weight.requires_grad:
+        frozen = not any(p.requires_grad for p in (self.weight, self.bias) if p is not None)
+        if self.fast and frozen and not (self.training and self.dropout.p > 0):
             return LoRAProduct.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
         h = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)                        # (…, r): the definition
         y = F.linear(x, self.weight, self.bias)                                                 # (…, out)
@@ -103,19 +104,19 @@ class LoRAProduct(torch.autograd.Function):
 
         ∂A = vᵀ x        ∂B = s · gᵀ u        ∂x = g W + v A        and no ∂W, a third of a full fine-tuning step.
 
-    Autograd finds the same, but: it knows only one order, and it does not know that W is frozen when it picks one.
-    Times for 128 -> 512, N = 2,048, r = 8 on two CPU cores in µs, where the three large products take about 1,250 each:
+    Autograd finds the same, in the order that the forward pass was written in. That order is dear. On two CPU cores, for
+    128 -> 512, N = 2,048, r = 8, where each of x Wᵀ, g W and ∂W takes about 1,250 µs:
 
-        gᵀ u takes 1,054; its transpose uᵀ g, which reads g in the order that it lies in memory, 259
+        gᵀ u takes 1,054 µs; its transpose uᵀ g, which reads g as it lies in memory, 259
         g B takes 418; with Bᵀ laid out anew first, 173
-        adding u Bᵀ to the output and v A to ∂x takes 240; folding W + s · B A before the product, 16, twice
+        adding u Bᵀ to the output and v A to ∂x takes 240; folding W + s · B A before the products, 16 each time
 
     Folding rounds the sum to the dtype of the products, as full fine-tuning under autocast rounds its weights. With W
-    stored in float32 that is fair. With W stored in bfloat16 it is not: W lies on bfloat16's grid already, and any
-    update smaller than half a step of the grid would vanish; there the thin product is added to the output. (On an H200
-    this costs what folding would: 105 and 112 µs a block at 768 wide.)
+    stored in float32 that is fair. With W stored in bfloat16 it is not: W lies on bfloat16's grid already, and an update
+    smaller than half a step of the grid would vanish; there the thin products are added to the results. (For a block of
+    768 wide on an H200 that costs 105 µs, folding would cost 112.)
 
-    Kept for backward are x and u; autograd's x Aᵀ Bᵀ, of the size of the output, never is."""
+    Kept for backward are x and what is rank-sized."""
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, s):
@@ -125,7 +126,7 @@ class LoRAProduct(torch.autograd.Function):
             x2, A_, b_ = x.reshape(-1, x.size(-1)).to(dtype), A.to(dtype), None if b is None else b.to(dtype)   # x2 (N, in)
             sBt = torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))      # (r, out), in that order in memory
             u = x2 @ A_.t()                                                             # (N, r)
-            ctx.fold = W.dtype != torch.bfloat16 and len(x2) > W.size(1)                # for few tokens folding costs more
+            ctx.fold = W.element_size() >= 4 and len(x2) > W.size(1)                    # for few tokens folding costs more
             y = F.linear(x2, _fold(W, A_, sBt), b_) if ctx.fold else F.linear(x2, W.to(dtype), b_).addmm_(u, sBt)
         ctx.save_for_backward(x2, u, W, A_, sBt)
         ctx.s, ctx.shape, ctx.dtypes = s, x.shape, (x.dtype, A.dtype, B.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- made by bench/table.py -->\n", "<!-- end of what bench/table.py made -->"
 NAMES = {"laptop": "1M, 16 × 128", "tiny": "11M, 32 × 256", "gpt2": "GPT-2 124M, 8 × 1024", "gpt2-xl": "GPT-2 XL 1.6B, 1 × 1024"}
-LIBRARIES = ("naive", "PEFT", "loralib", "ours, float32 base", "ours")
+LIBRARIES = ("full, chunked loss", "naive", "PEFT", "loralib", "ours, float32 base", "ours")
 
 
 def table():
@@ -16,8 +16,8 @@ def table():
     for result in sorted(results, key=lambda r: ("NVIDIA" in r["device"], list(NAMES).index(r["shape"]), r["recompute"])):
         for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
             for targets in ("all", "attention"):
-                found = {row["library"]: row for row in result["rows"] if row["mode"] == mode and row["targets"] == targets}
-                if found:
+                found = {row["library"]: row for row in result["rows"] if row["mode"] == mode and row["targets"] in (targets, "-")}
+                if any(row["targets"] == targets for row in found.values()):
                     cells = [f"{found[name]['speedup_vs_full']:.2f} / {found[name]['memory_vs_full']:.2f}" if name in found
                              else "" for name in LIBRARIES]
                     cells[-1] = f"**{cells[-1]}**" if cells[-1] else ""

@@ -311,6 +311,27 @@ def test_a_weight_made_trainable_again_gets_its_gradient():
     torch.testing.assert_close(layer.weight.grad, x.detach().flatten(0, 1).sum(0).expand(24, 16), atol=1e-4, rtol=1e-4)
 
 
+def test_a_bias_made_trainable_again_gets_its_gradient():
+    layer, x = layer_and_input()
+    layer.bias.requires_grad_(True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((24,), 120.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_update_too_small_for_a_low_precision_base_is_not_lost(dtype):
+    layer = LoRALinear(nn.Linear(16, 16, bias=False, dtype=dtype), r=1, alpha=1)
+    layer.requires_grad_(False)
+    nn.init.eye_(layer.weight)                              # 1 + 0.001 is 1 in bfloat16
+    nn.init.constant_(layer.lora_A, 1.0)
+    nn.init.constant_(layer.lora_B, 1e-3)
+    x = torch.zeros(40, 16, dtype=dtype)
+    x[:, 0] = 1
+    assert layer(x)[0, 1].item() == pytest.approx(1e-3, rel=0.01)
+    x[:, 1] = -1                                            # the ones cancel, and what remains is the update: zero
+    assert layer(x)[0, 2].item() == pytest.approx(0, abs=1e-6)
+
+
 def test_training_follows_the_same_curve_fast_and_plain(idx):
     losses = []
     for fast in (True, False):
