@@ -284,7 +284,8 @@ class ChunkedLoss(torch.autograd.Function):
             counts = targets != -100
             exact = torch.float32 if dtype == torch.bfloat16 else dtype         # for sums and logarithms
             scale = (counts / counts.sum()).to(exact)                           # (N,): what a row adds to the mean
-            x_, W_, targets = x.to(dtype), F.pad(W.to(dtype), (0, 0, 0, -V % 8)), targets.clamp_min(0)[:, None]
+            x_, W_, targets = x.to(dtype), W.to(dtype), targets.clamp_min(0)[:, None]
+            W_ = F.pad(W_, (0, 0, 0, -V % 8)) if V % 8 else W_
             dx, loss = torch.empty_like(x_), torch.zeros((), dtype=exact, device=x.device)
             dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
             rows = max(8, chunk // V // 8 * 8)

@@ -302,7 +302,8 @@ def load_model(dir, device, dropout=0.0):
         raise ValueError(f"{dir}: the tokenizer has {encoding.n_vocab} entries, the model {model.config.vocab_size}; "
                          "they do not belong together")
     record = Path(dir, "training.json")
-    return model.to(device).eval(), encoding, read_json(record)["asked"]["data"] if record.exists() else None
+    learnt_from = read_json(record).get("asked", {}).get("data") if record.exists() else None
+    return model.to(device).eval(), encoding, learnt_from
 
 
 def begin(dir, asked, args):
@@ -313,10 +314,6 @@ def begin(dir, asked, args):
     elif resuming:
         say(f"     {dir} was interrupted and is resumed (--fresh starts over)")
     return record and record["curve"], resuming
-
-
-def load_corpus(source, heldout, encoding, out, block_size):
-    return tokenize(read_text(source, heldout, Path(out, "downloads")), encoding, Path(out, "tokens"), block_size)
 
 
 def pretrain(args, source, dir):
@@ -363,7 +360,8 @@ def tune(args, method, source, dir):
         if args.block_size:
             raise ValueError(f"--block-size {args.block_size} exceeds the base model's {model.config.block_size}")
         settings = replace(settings, block_size=model.config.block_size)
-    corpus = load_corpus(source, 0.1, encoding, args.out, settings.block_size)
+    text = read_text(source, 0.1, Path(args.out, "downloads"))
+    corpus = tokenize(text, encoding, Path(args.out, "tokens"), settings.block_size)
     torch.manual_seed(settings.seed)
     lora = {"r": args.r, "alpha": args.alpha, "target_modules": args.target_modules} if method == "lora" else None
     if lora:
@@ -393,12 +391,14 @@ def tune(args, method, source, dir):
 def compare_methods(args, source, out):
     """Tune by both methods, measure both, and report: a table, out/comparison.json and out/comparison.png."""
     style, runs, steps = Path(source).stem, {}, {}
+    base, encoding, learnt_from = load_model(args.base, args.device)
+    base_source = args.base_data or learnt_from or "tales"
+    base_text = read_text(base_source, 0.05, Path(out, "downloads"))        # if it is not there, say so before training
     for method, title in (("full", "Full fine-tuning on"), ("lora", "LoRA on")):
         headline(f"{title} {style}")
         runs[method] = tune(args, method, source, Path(out, method))
 
     headline("The comparison (measuring memory and time, the two methods in turn …)")
-    base, encoding, learnt_from = load_model(args.base, args.device)
     for method, run in runs.items():
         model = load_model(args.base, args.device, run.settings.dropout)[0]
         if run.lora:
@@ -408,8 +408,7 @@ def compare_methods(args, source, out):
     x, y = (t.to(args.device) for t in Batches(corpus.train, settings.batch_size, settings.block_size, seed=0)[0])
     predicted = {method: compare.predict(step, x) for method, step in steps.items()}
     measured = compare.measure(steps, x, y)
-    base_source = args.base_data or learnt_from or "tales"
-    base_corpus = load_corpus(base_source, 0.05, encoding, args.out, settings.block_size)
+    base_corpus = tokenize(base_text, encoding, Path(out, "tokens"), settings.block_size)
     for method, run in runs.items():
         kept = ("model.safetensors", "config.json") if method == "full" else ("adapter_model.safetensors",
                                                                               "adapter_config.json")

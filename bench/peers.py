@@ -161,8 +161,8 @@ def main():
           + (", blocks recomputed" if args.recompute else ""))
     print(f"{'mode':<9} {'library':<19} {'targets':<9} {'step':>10} {'full / it':>9} {'peak':>9} {'full / it':>9}")
     for row in rows:
-        print(f"{row['mode']:<9} {row['library']:<19} {row['targets']:<9} {row['step_ms']:>7.2f} ms {row['speedup_vs_full']:>9.3f} "
-              f"{compare.size(row['peak_bytes']):>9} {row['memory_vs_full']:>9.3f}")
+        print(f"{row['mode']:<9} {row['library']:<19} {row['targets']:<9} {row['step_ms']:>7.2f} ms "
+              f"{row['speedup_vs_full']:>9.3f} {compare.size(row['peak_bytes']):>9} {row['memory_vs_full']:>9.3f}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({

@@ -11,15 +11,16 @@ LIBRARIES = ("full, chunked loss", "naive", "PEFT", "loralib", "ours, float32 ba
 
 
 def table():
-    lines = ["| machine | model, batch | step | layers | " + " | ".join(LIBRARIES) + " |", "|---" * (4 + len(LIBRARIES)) + "|"]
+    lines = ["| machine | model, batch | step | layers | " + " | ".join(LIBRARIES) + " |",
+             "|---" * (4 + len(LIBRARIES)) + "|"]
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
     for result in sorted(results, key=lambda r: ("NVIDIA" in r["device"], list(NAMES).index(r["shape"]), r["recompute"])):
         for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
             for targets in ("all", "attention"):
                 found = {row["library"]: row for row in result["rows"] if row["mode"] == mode and row["targets"] in (targets, "-")}
                 if any(row["targets"] == targets for row in found.values()):
-                    cells = [f"{found[name]['speedup_vs_full']:.2f} / {found[name]['memory_vs_full']:.2f}" if name in found
-                             else "" for name in LIBRARIES]
+                    cells = ["{speedup_vs_full:.2f} / {memory_vs_full:.2f}".format(**found[name]) if name in found else ""
+                             for name in LIBRARIES]
                     cells[-1] = f"**{cells[-1]}**" if cells[-1] else ""
                     chunk = f", 2^{result['loss_chunk'].bit_length() - 1}" if result["loss_chunk"] else ""
                     how = mode + chunk + (", recomputed" if result["recompute"] else "")

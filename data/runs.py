@@ -1,12 +1,11 @@
 """
 What a training run leaves in its directory, such that nothing is lost.
 
-    checkpoint.safetensors    while it was interrupted: weights, best weights, optimizer state, where it stood
-    training.json             once it is finished, written last: what was asked for, and the curve
+    training.json             what was asked for, written first; with the curve, written last, the run is finished
+    checkpoint.safetensors    if it was interrupted: weights, best weights, optimizer state, where it stood
 """
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,35 +16,31 @@ from gpt import replacing
 
 
 def open_run(dir, asked, resume, fresh):
-    """Look at dir before a run that `asked` (a dictionary for JSON) describes -> (record, resuming).
+    """Look at dir before a run that `asked` (a dictionary for JSON) describes, and note it there -> (record, resuming).
 
     record is that of a finished run that did just this, or None; resuming says that a checkpoint waits. `resume` True
     demands a checkpoint, False refuses one, None takes what is there; `fresh` forgets both. Raises ValueError where dir
     holds something else, which the run would overwrite, and OSError where it cannot be written."""
-    finished, checkpoint = Path(dir, "training.json"), Path(dir, "checkpoint.safetensors")
-    if fresh:
-        finished.unlink(missing_ok=True)
-        checkpoint.unlink(missing_ok=True)
-    elif finished.exists():
-        record = read_json(finished)
-        if record["asked"] != asked:
-            raise ValueError(f"{dir} holds a finished run of other settings: {differences(record['asked'], asked)}. "
-                             "Choose another --out, or start over with --fresh")
+    path, checkpoint = Path(dir, "training.json"), Path(dir, "checkpoint.safetensors")
+    record = read_json(path) if path.exists() and not fresh else {}
+    finished, interrupted = "curve" in record, checkpoint.exists() and not fresh
+    if (finished or interrupted) and record.get("asked") != asked:
+        raise ValueError(f"{dir} holds {'a finished' if finished else 'an interrupted'} run of other settings: "
+                         f"{differences(record.get('asked') or {}, asked)}. Choose another --out, or start over with --fresh")
+    if finished:
         return record, False
-    elif checkpoint.exists():
-        if resume is False:
-            raise ValueError(f"{dir} holds an interrupted run; continue it with --resume, or start over with --fresh")
-        return None, True
-    elif resume:
+    if interrupted and resume is False:
+        raise ValueError(f"{dir} holds an interrupted run; continue it with --resume, or start over with --fresh")
+    if resume and not interrupted:
         raise ValueError(f"--resume: {dir} holds no interrupted run; leave the flag out to start one")
-    elif any(Path(dir, name).exists() for name in ("model.safetensors", "adapter_model.safetensors")):
+    if not (record or fresh) and any(Path(dir, name).exists() for name in ("model.safetensors", "adapter_model.safetensors")):
         raise ValueError(f"{dir} holds a model that no training.json accounts for; choose another --out, "
                          "or replace it with --fresh")
-    Path(dir).mkdir(parents=True, exist_ok=True)
-    with replacing(Path(dir, "writable")) as probe:     # a dir that cannot be written fails now, not after the training
-        probe.touch()
-    Path(dir, "writable").unlink()
-    return None, False
+    if not interrupted:
+        Path(dir).mkdir(parents=True, exist_ok=True)
+        write_json(path, {"asked": asked})
+        checkpoint.unlink(missing_ok=True)
+    return None, interrupted
 
 
 def close_run(dir, asked, curve):
@@ -61,7 +56,7 @@ def write_checkpoint(dir, step, n, seconds, curve, best):
     for i, optimizer in enumerate(step.optimizers):
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{j}/{key}": tensor for key, tensor in state.items()}
-    about = {"step": n, "seconds": seconds, "curve": curve, "settings": asdict(step.settings)}
+    about = {"step": n, "seconds": seconds, "curve": curve}
     with replacing(Path(dir, "checkpoint.safetensors")) as path:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"about": json.dumps(about)})
 
@@ -75,9 +70,6 @@ def read_checkpoint(dir, step):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); start over with --fresh") from error
-    if about["settings"] != asdict(step.settings):
-        raise ValueError(f"{path} was made with other settings: {differences(about['settings'], asdict(step.settings))}. "
-                         "Give the same flags, or start over with --fresh")
     with torch.no_grad():
         for name, p in step.trained.items():
             p.copy_(tensors[f"now/{name}"])
@@ -101,8 +93,8 @@ def differences(old, new):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); start over with --fresh") from error
 
 

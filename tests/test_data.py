@@ -147,7 +147,8 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    (b"", "empty"), (b" \n\n", "empty"), (b"text\0more" * 99, "binary"), (b"caf\xe9 " * 999, "UTF-8"), (b"Too short.", "too short")])
+    (b"", "empty"), (b" \n\n", "empty"), (b"text\0more" * 99, "binary"), (b"caf\xe9 " * 999, "UTF-8"),
+    (b"Too short.", "too short")])
 def test_a_text_that_is_no_corpus_is_refused(tmp_path, content, says):
     with pytest.raises(ValueError, match=says):
         read_text(write(tmp_path, content), 0.1, tmp_path)

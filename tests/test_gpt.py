@@ -241,7 +241,7 @@ def test_the_chunked_loss_is_the_plain_loss(idx, chunk, head):
 
 def test_the_chunked_loss_is_the_derivative_of_itself():
     torch.manual_seed(0)
-    x, W = torch.randn(13, 6, dtype=torch.float64, requires_grad=True), torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    x, W = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (13, 11))
     targets = torch.randint(11, (13,))
     assert torch.autograd.gradcheck(lambda x, W: ChunkedLoss.apply(x, W, targets, 50), (x, W))
     with pytest.raises(RuntimeError, match="second derivative"):

@@ -23,7 +23,7 @@ def adapted(seed=0, std=0.1, **settings):
     """A small GPT with LoRA whose B is not zero, as after training."""
     model = make_gpt(seed)
     apply_lora(model, **{**dict(r=4, alpha=16, target_modules=TARGETS), **settings})
-    for name, p in lora_state_dict(model).items():
+    for p in lora_state_dict(model).values():
         nn.init.normal_(p, std=std)
     return model
 
@@ -130,7 +130,8 @@ def test_targets_match_whole_components_as_in_peft(model):
 @pytest.mark.parametrize("bad, says", [
     (dict(target_modules=["proj"]), "'proj' matches no module"), (dict(target_modules=["c_attn", "typo"]), "typo"),
     (dict(target_modules=[]), "empty"), (dict(target_modules=["attn"]), "not an nn.Linear"),
-    (dict(target_modules=["lm_head"]), "shares its weight"), (dict(r=0), "rank"), (dict(r=True), "rank"), (dict(r=2.0), "rank"),
+    (dict(target_modules=["lm_head"]), "shares its weight"),
+    (dict(r=0), "rank"), (dict(r=True), "rank"), (dict(r=2.0), "rank"),
     (dict(alpha=float("nan")), "alpha"), (dict(alpha=0), "alpha"), (dict(dropout=1.0), "dropout"), (dict(dropout=-0.1), "dropout")])
 def test_a_bad_argument_is_refused_and_changes_nothing(model, bad, says):
     before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}

@@ -186,11 +186,34 @@ def test_an_interrupted_and_resumed_run_ends_with_the_very_weights_of_an_uninter
     assert code == 130 and "stopped at step 3 of 4" in error
     code, _, error = run(capsys, *argv, "--out", tmp_path / "parts")
     assert code == 1 and "--resume" in error
+    code, _, error = run(capsys, *argv, "--out", tmp_path / "parts", "--resume", "--data", "noir", "--lr", "0.1")
+    assert code == 1 and "-> noir" in error and "-> 0.1" in error, "a checkpoint of another run must not be continued"
     code, printed, _ = run(capsys, *argv, "--out", tmp_path / "parts", "--resume")
     assert code == 0 and "was interrupted and is resumed" in printed
     name = "adapter_model.safetensors" if command == "lora" else "model.safetensors"
     assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "parts" / "checkpoint.safetensors").exists()
+
+
+def test_a_run_that_died_without_a_checkpoint_starts_over(tmp_path, capsys, monkeypatch):
+    argv = ["pretrain", "--data", "tales", "--out", tmp_path, *MINI]
+
+    def die(self, n):
+        raise MemoryError
+
+    monkeypatch.setattr(Step, "schedule", die)
+    with pytest.raises(MemoryError):
+        main(list(map(str, argv)))
+    monkeypatch.undo()
+    assert run(capsys, *argv)[0] == 0 and (tmp_path / "model.safetensors").exists()
+
+
+def test_fresh_replaces_a_finished_run(tmp_path, capsys):
+    argv = ["pretrain", "--data", "tales", "--out", tmp_path, *MINI]
+    assert run(capsys, *argv)[0] == 0
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert run(capsys, *argv, "--seed", "5", "--fresh")[0] == 0
+    assert (tmp_path / "model.safetensors").read_bytes() != before
 
 
 def test_sigterm_in_the_story_keeps_what_is_finished_and_the_next_run_resumes(tmp_path):
