@@ -140,7 +140,7 @@ class Step:
         model.loss_chunk, model.recompute = settings.loss_chunk, settings.recompute
         self.call = torch.compile(model) if settings.compile else model
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        muon = {name for name, p in self.trained.items() if settings.muon_lr and ".h." in name and p.dim() == 2}
+        muon = [name for name, p in self.trained.items() if settings.muon_lr and ".h." in name and p.dim() == 2]
         decayed = [p for name, p in self.trained.items() if name not in muon and p.dim() == 2]
         others = [p for p in self.trained.values() if p.dim() < 2]      # biases and layer norms do not decay
         self.captures = settings.graph and self.device.type == "cuda" and not muon      # torch's Muon cannot be captured

@@ -19,8 +19,8 @@ def table():
             for targets in ("all", "attention"):
                 found = {row["library"]: row for row in result["rows"] if row["mode"] == mode and row["targets"] in (targets, "-")}
                 if any(row["targets"] == targets for row in found.values()):
-                    cells = ["{speedup_vs_full:.2f} / {memory_vs_full:.2f}".format(**found[name]) if name in found else ""
-                             for name in LIBRARIES]
+                    cells = ["{speedup_vs_full:.2f} / {memory_vs_full:.2f}".format(**found[name]) if name in found
+                             else "" for name in LIBRARIES]
                     cells[-1] = f"**{cells[-1]}**" if cells[-1] else ""
                     chunk = f", 2^{result['loss_chunk'].bit_length() - 1}" if result["loss_chunk"] else ""
                     how = mode + chunk + (", recomputed" if result["recompute"] else "")

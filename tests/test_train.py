@@ -233,6 +233,7 @@ def test_sigterm_in_the_story_keeps_what_is_finished_and_the_next_run_resumes(tm
             break
     process.kill()
     process.communicate()
+    assert "step   20" in lines[-1], "in a new process, whose hashes and so whose sets are ordered otherwise"
     assert any("base was interrupted and is resumed" in line for line in lines)
     assert not any("step    0" in line for line in lines)
 
