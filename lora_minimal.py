@@ -105,16 +105,16 @@ class LoRAProduct(torch.autograd.Function):
         ∂A = vᵀ x        ∂B = s · gᵀ u        ∂x = g W + v A        and no ∂W, a third of a full fine-tuning step.
 
     Autograd finds the same, in the order that the forward pass was written in. That order is dear. On two CPU cores, for
-    128 -> 512, N = 2,048, r = 8, where each of x Wᵀ, g W and ∂W takes about 1,250 µs:
+    128 -> 512, N = 2,048, r = 8, where x Wᵀ, g W and ∂W take 1,465, 1,191 and 1,421 µs (bench/products.py):
 
-        gᵀ u takes 1,054 µs; its transpose uᵀ g, which reads g as it lies in memory, 259
-        g B takes 418; with Bᵀ laid out anew first, 173
-        adding u Bᵀ to the output and v A to ∂x takes 240; folding W + s · B A before the products, 16 each time
+        gᵀ u takes 974 µs; its transpose uᵀ g, which reads g as it lies in memory, 201
+        g B takes 407; with Bᵀ laid out anew first, 179
+        adding u Bᵀ to the output and v A to ∂x takes 177; folding W + s · B A before the products, 19 each time
 
     Folding rounds the sum to the dtype of the products, as full fine-tuning under autocast rounds its weights. With W
     stored in float32 that is fair. With W stored in bfloat16 it is not: W lies on bfloat16's grid already, and an update
-    smaller than half a step of the grid would vanish; there the thin products are added to the results. (For a block of
-    768 wide on an H200 that costs 105 µs, folding would cost 112.)
+    smaller than half a step of the grid would vanish; there the thin products are added to the results. (In a block 768
+    wide, on an H200, that is 105 µs beside the 345 of x Wᵀ and g W.)
 
     Kept for backward are x and what is rank-sized."""
 
