@@ -382,6 +382,7 @@ def tune(args, method, source, dir):
             save_tokenizer(encoding, dir)
             model.save_pretrained(dir)
         close_run(dir, asked, curve)
+    model = None            # its memory, before it is read back
     model = load_model(args.base if lora else dir, args.device)[0]
     if lora:
         load_lora(model, dir)

@@ -17,7 +17,8 @@ def table():
     for result in sorted(results, key=lambda r: ("NVIDIA" in r["device"], list(NAMES).index(r["shape"]), r["recompute"])):
         for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
             for targets in ("all", "attention"):
-                found = {row["library"]: row for row in result["rows"] if row["mode"] == mode and row["targets"] in (targets, "-")}
+                found = {row["library"]: row for row in result["rows"]
+                         if row["mode"] == mode and row["targets"] in (targets, "-")}
                 if any(row["targets"] == targets for row in found.values()):
                     cells = ["{speedup_vs_full:.2f} / {memory_vs_full:.2f}".format(**found[name]) if name in found
                              else "" for name in LIBRARIES]

@@ -132,7 +132,8 @@ def test_targets_match_whole_components_as_in_peft(model):
     (dict(target_modules=[]), "empty"), (dict(target_modules=["attn"]), "not an nn.Linear"),
     (dict(target_modules=["lm_head"]), "shares its weight"),
     (dict(r=0), "rank"), (dict(r=True), "rank"), (dict(r=2.0), "rank"),
-    (dict(alpha=float("nan")), "alpha"), (dict(alpha=0), "alpha"), (dict(dropout=1.0), "dropout"), (dict(dropout=-0.1), "dropout")])
+    (dict(alpha=float("nan")), "alpha"), (dict(alpha=0), "alpha"), (dict(dropout=1.0), "dropout"),
+    (dict(dropout=-0.1), "dropout")])
 def test_a_bad_argument_is_refused_and_changes_nothing(model, bad, says):
     before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=says):
