@@ -103,15 +103,13 @@ def recipe(device):
 
 def settings_for(kind, args):
     """The recipe of this kind of training ("pretrain", "full", "lora") on this device, changed by the flags given."""
-    settings = dict(recipe(args.device)[kind], loss_chunk=loss_chunk(kind, args.device))
-    if torch.device(args.device).type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            settings["dtype"] = "bfloat16"
-            # A compiled step is faster with a float32 base, whose folding the compiler fuses: 15.0 ms, not 16.9 (124M, H200).
-            settings["base_dtype"] = "float32" if args.compile or kind != "lora" else "bfloat16"
+    settings = dict(recipe(args.device)[kind], loss_chunk=loss_chunk(kind, args.device), graph=not args.compile)
+    if torch.device(args.device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        # A compiled step is faster with a float32 base, whose folding the compiler fuses: 15.0 ms, not 16.9 (124M, H200).
+        settings |= {"dtype": "bfloat16", "base_dtype": "float32" if args.compile else "bfloat16"}
     settings |= {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
-    if args.compile and args.graph is None:
-        settings["graph"] = False
+    if kind != "lora":
+        settings["base_dtype"] = "float32"      # weights that train lose small updates in bfloat16
     return Settings(**settings)
 
 
@@ -295,7 +293,7 @@ def _stop_between_steps():
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
-def load_model(dir, device, dropout=0.0):
+def load_model(dir, device, dropout=0.0, dtype="float32"):
     """-> the model on its device, its tokenizer, and the name of the corpus it learnt from (None where not known)."""
     model, encoding = GPT.from_pretrained(dir, dropout=dropout), load_tokenizer(dir)
     if encoding.n_vocab > model.config.vocab_size:
@@ -303,7 +301,7 @@ def load_model(dir, device, dropout=0.0):
                          "they do not belong together")
     record = Path(dir, "training.json")
     learnt_from = read_json(record).get("asked", {}).get("data") if record.exists() else None
-    return model.to(device).eval(), encoding, learnt_from
+    return model.to(device, getattr(torch, dtype)).eval(), encoding, learnt_from
 
 
 def begin(dir, asked, args):
@@ -345,17 +343,12 @@ def pretrain(args, source, dir):
     close_run(dir, asked, curve)
 
 
-def prepare_lora(model, lora, settings):
-    """Store the base as the settings say, and put LoRA on it; A and B are float32."""
-    apply_lora(model.to(getattr(torch, settings.base_dtype)), **lora)
-
-
 def tune(args, method, source, dir):
     """Tune the base model to a corpus, all of it ("full") or by LoRA ("lora"), into dir.
 
     -> settings, corpus, curve, and model: read back from dir, so that what is judged is what was saved."""
     settings = settings_for(method, args)
-    model, encoding, _ = load_model(args.base, args.device, settings.dropout)
+    model, encoding, _ = load_model(args.base, args.device, settings.dropout, settings.base_dtype)
     if settings.block_size > model.config.block_size:
         if args.block_size:
             raise ValueError(f"--block-size {args.block_size} exceeds the base model's {model.config.block_size}")
@@ -365,7 +358,10 @@ def tune(args, method, source, dir):
     torch.manual_seed(settings.seed)
     lora = {"r": args.r, "alpha": args.alpha, "target_modules": args.target_modules} if method == "lora" else None
     if lora:
-        prepare_lora(model, lora, settings)
+        for name in apply_lora(model, **lora):
+            shape = tuple(model.get_submodule(name).weight.shape)
+            if args.r > min(shape):
+                raise ValueError(f"--r {args.r} exceeds the smaller side of {name}, {shape}; choose a smaller rank")
     with open(Path(args.base, "model.safetensors"), "rb") as file:
         base = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     asked = {"data": str(source), "corpus": corpus.digest, "base": base, "lora": lora, "settings": asdict(settings)}
@@ -401,9 +397,9 @@ def compare_methods(args, source, out):
 
     headline("The comparison (measuring memory and time, the two methods in turn …)")
     for method, run in runs.items():
-        model = load_model(args.base, args.device, run.settings.dropout)[0]
+        model = load_model(args.base, args.device, run.settings.dropout, run.settings.base_dtype)[0]
         if run.lora:
-            prepare_lora(model, run.lora, run.settings)
+            apply_lora(model, **run.lora)
         steps[method] = Step(model.train(), run.settings)
     settings, corpus = run.settings, run.corpus
     x, y = (t.to(args.device) for t in Batches(corpus.train, settings.batch_size, settings.block_size, seed=0)[0])

@@ -132,6 +132,8 @@ def test_a_full_fine_tuning_is_a_base_model_in_its_turn(story, tmp_path, capsys)
     (["pretrain", "--data", "tales", "--resume"], "no interrupted run"),
     (["tune", "--base", "nowhere", "--data", "pirate"], "nowhere/config.json does not exist"),
     (["tune", "--base", "BASE", "--data", "pirate", "--r", "0"], "rank"),
+    (["tune", "--base", "BASE", "--data", "pirate", "--r", "129"], "--r 129 exceeds the smaller side"),
+    (["tune", "--base", "BASE", "--data", "pirate", "--base-dtype", "int8"], "--base-dtype"),
     (["tune", "--base", "BASE", "--data", "pirate", "--alpha", "nan"], "alpha"),
     (["tune", "--base", "BASE", "--data", "pirate", "--target-modules", "q_proj"], "'q_proj' matches no module"),
     (["tune", "--base", "BASE", "--data", "pirate", "--block-size", "64"], "--block-size 64 exceeds the base model's 32"),
@@ -329,3 +331,12 @@ def test_a_captured_step_gives_the_losses_of_an_eager_one(lora):
         assert (step.graph is not None) == graph
         curves.append(losses)
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_a_bfloat16_base_is_for_lora_alone(base, tmp_path, capsys):
+    for method in ("full", "lora"):
+        code, _, error = run(capsys, "tune", "--base", base, "--data", "noir", "--method", method, "--base-dtype", "bfloat16",
+                             "--out", tmp_path / method, *MINI)
+        assert code == 0, error
+        stored = json.loads((tmp_path / method / "training.json").read_text())["asked"]["settings"]["base_dtype"]
+        assert stored == ("bfloat16" if method == "lora" else "float32")
