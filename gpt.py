@@ -282,7 +282,7 @@ class ChunkedLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
             counts = targets != -100
-            exact = torch.float32 if dtype == torch.bfloat16 else dtype         # for sums and logarithms
+            exact = torch.float32 if dtype.itemsize < 4 else dtype              # for sums and logarithms
             scale = (counts / counts.sum()).to(exact)                           # (N,): what a row adds to the mean
             x_, W_, targets = x.to(dtype), W.to(dtype), targets.clamp_min(0)[:, None]
             W_ = F.pad(W_, (0, 0, 0, -V % 8)) if V % 8 else W_

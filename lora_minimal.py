@@ -173,46 +173,53 @@ def apply_lora(model, r=8, alpha=16, target_modules=("c_attn", "c_proj", "c_fc")
     Raises ValueError, and leaves the model as it was, for r not a positive integer, alpha or dropout out of range, a
     target that matches nothing or something other than nn.Linear, a layer that has LoRA already, and a weight that
     another module uses too (a tied head: changing one would change both)."""
+    return _adapt(model, _match(model, target_modules), r, alpha, dropout, use_rslora)
+
+
+def _adapt(model, names, r, alpha, dropout, use_rslora):
+    """apply_lora on the modules of just these names."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r is {r!r}; the rank must be a positive integer")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha!r}; it must be a positive number (the update is scaled by alpha / r)")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}; it must be a number from 0 up to, not including, 1")
-    names = _find_targets(model, target_modules)
+    holders = {}            # id of a parameter -> the modules that hold it
+    for name, module in model.named_modules(remove_duplicate=False):
+        for p in module.parameters(recurse=False):
+            holders.setdefault(id(p), set()).add(name)
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, LoRALinear):
+            raise ValueError(f"{name} has LoRA already; remove_lora(model) first, or load the other adapter into it")
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{name} is a {type(module).__name__}, not an nn.Linear; the linear layers are called "
+                             f"{_linear_names(model)}")
+        shared = holders[id(module.weight)] - {name}
+        if shared:
+            raise ValueError(f"{name} shares its weight with {', '.join(sorted(shared))}: adapting it would change both")
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), r, alpha, dropout, use_rslora))
     return names
 
 
-def _find_targets(model, target_modules):
+def _match(model, target_modules):
+    """-> the names of the modules that the targets match."""
     targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    modules = dict(model.named_modules())
-    linears = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
     if not targets:
-        raise ValueError(f"target_modules is empty; name the linear layers to adapt, of {', '.join(linears)}")
+        raise ValueError(f"target_modules is empty; name the linear layers to adapt, of {_linear_names(model)}")
     names = []
     for target in targets:
-        matched = [name for name in modules if name == target or name.endswith(f".{target}")]
+        matched = [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
         if not matched or target == "":
-            raise ValueError(f"target {target!r} matches no module; the linear layers are called {', '.join(linears)}")
+            raise ValueError(f"target {target!r} matches no module; the linear layers are called {_linear_names(model)}")
         names += [name for name in matched if name not in names]
-    holders = {}            # id of a parameter -> the modules that hold it
-    for name, module in model.named_modules(remove_duplicate=False):
-        for p in module.parameters(recurse=False):
-            holders.setdefault(id(p), set()).add(name)
-    for name in names:
-        module = modules[name]
-        if isinstance(module, LoRALinear):
-            raise ValueError(f"{name} has LoRA already; remove_lora(model) first, or load the other adapter into it")
-        if not isinstance(module, nn.Linear):
-            raise ValueError(f"{name} is a {type(module).__name__}, not an nn.Linear; the linear layers are called "
-                             f"{', '.join(linears)}")
-        shared = holders[id(module.weight)] - {name}
-        if shared:
-            raise ValueError(f"{name} shares its weight with {', '.join(sorted(shared))}: adapting it would change both")
     return names
+
+
+def _linear_names(model):
+    return ", ".join(sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}))
 
 
 def lora_parameters(model):
@@ -349,7 +356,7 @@ def load_lora(model, dir):
     _check_fit(state, shapes)
     old = {name: module for name, module in modules.items() if isinstance(module, LoRALinear)}
     if not old:
-        apply_lora(model, target_modules=names, **settings)
+        _adapt(model, names, **settings)
     elif old.keys() != set(names) or any((layer.r, layer.alpha, layer.use_rslora) !=
                                          (settings["r"], settings["alpha"], settings["use_rslora"])
                                          for layer in old.values()):

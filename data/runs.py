@@ -38,8 +38,8 @@ def open_run(dir, asked, resume, fresh):
                          "or replace it with --fresh")
     if not interrupted:
         Path(dir).mkdir(parents=True, exist_ok=True)
+        checkpoint.unlink(missing_ok=True)      # first, or a death here would leave it to be taken for one of this run
         write_json(path, {"asked": asked})
-        checkpoint.unlink(missing_ok=True)
     return None, interrupted
 
 

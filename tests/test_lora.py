@@ -517,6 +517,20 @@ def test_a_damaged_or_foreign_adapter_is_refused_and_changes_nothing(tmp_path, m
     assert torch.equal(model(idx)[0], before) and grads == [p.requires_grad for p in model.parameters()]
 
 
+def test_loading_adapts_just_the_layers_of_the_file(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4)))      # "0", and "2.0" ends in it
+
+    model, x = net(), torch.randn(3, 4)
+    model[0] = LoRALinear(model[0], r=2, alpha=4)
+    nn.init.normal_(model[0].lora_B)
+    save_lora(model, tmp_path)
+    other = net()
+    assert load_lora(other, tmp_path) == ["0"]
+    torch.testing.assert_close(other(x), model(x))
+
+
 def test_an_adapter_for_other_layers_is_refused(tmp_path):
     save_lora(adapted(), tmp_path)
     with pytest.raises(ValueError, match="another base"):

@@ -14,6 +14,7 @@ import train
 from conftest import make_gpt
 from data import BUILT_IN, read_text, tokenize
 from data.bpe import train_bpe
+from data.runs import open_run
 from gpt import GPT
 from lora_minimal import apply_lora
 from train import Settings, Step, evaluate, main
@@ -208,6 +209,23 @@ def test_a_run_that_died_without_a_checkpoint_starts_over(tmp_path, capsys, monk
         main(list(map(str, argv)))
     monkeypatch.undo()
     assert run(capsys, *argv)[0] == 0 and (tmp_path / "model.safetensors").exists()
+
+
+def test_a_death_while_starting_over_never_leaves_an_old_checkpoint_to_a_new_run(tmp_path, monkeypatch):
+    open_run(tmp_path, {"lr": 1}, resume=False, fresh=False)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"of the run with lr 1")
+
+    def die(*args):
+        raise MemoryError
+
+    for part in ("data.runs.write_json", "pathlib.Path.unlink"):
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(part, die)
+            open_run(tmp_path, {"lr": 2}, resume=None, fresh=True)
+        if (tmp_path / "checkpoint.safetensors").exists():
+            with pytest.raises(ValueError, match="lr 1 -> 2"):
+                open_run(tmp_path, {"lr": 2}, resume=None, fresh=False)
+        (tmp_path / "checkpoint.safetensors").write_bytes(b"of the run with lr 1")
 
 
 def test_fresh_replaces_a_finished_run(tmp_path, capsys):
