@@ -6,7 +6,8 @@ Memory of one training step, at its fullest:
     gradients      one number for each trained one
     optimizer      AdamW keeps two numbers for each trained one
     activations    what the forward pass keeps for the backward pass
-Of these LoRA shrinks the second and the third to almost nothing, the fourth hardly, the first not at all.
+Of these LoRA shrinks the second and the third to almost nothing, the fourth hardly, and the first where the frozen base is
+stored in bfloat16.
 """
 import itertools
 import statistics
@@ -111,30 +112,33 @@ def measure_memory(step, x, y):
 
 # ---- time ------------------------------------------------------------------------------------------------------------
 
+def clock(device):
+    """Seconds on a clock, once the device has done all that was asked of it."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        getattr(torch, kind).synchronize()
+    return time.perf_counter()
+
+
 def measure_time(steps, x, y, rounds=10, warmup=3):
     """Time one training step of each of `steps` {name: step}, in turn, round by round, so that a machine that slows
     down meanwhile slows all of them; the device is waited for, and the warm-up rounds are discarded.
 
     -> {name: {"forward_ms", "backward_ms", "optimizer_ms", "step_ms"}}, medians. step_ms is timed without a stop
     between the phases, so on a GPU it can be less than their sum."""
-    def wait():
-        if x.device.type != "cpu":
-            getattr(torch, x.device.type).synchronize()
-        return time.perf_counter()
-
     times = {name: {"forward_ms": [], "backward_ms": [], "optimizer_ms": [], "step_ms": []} for name in steps}
     for round in range(warmup + rounds):
         for name, step in steps.items():
-            t0 = wait()
+            t0 = clock(x.device)
             loss = step.forward(x, y)
-            t1 = wait()
+            t1 = clock(x.device)
             step.backward(loss)
-            t2 = wait()
+            t2 = clock(x.device)
             step.update()
-            t3 = wait()
+            t3 = clock(x.device)
             del loss            # with it dies the graph of this backward, which a capture on another stream must not meet
             step(x, y)
-            t4 = wait()
+            t4 = clock(x.device)
             if round >= warmup:
                 for key, seconds in zip(times[name], (t1 - t0, t2 - t1, t3 - t2, t4 - t3)):
                     times[name][key].append(seconds * 1000)
@@ -216,7 +220,7 @@ def measure(steps, x, y):
     """All of the above for each of `steps` {name: step} on one batch -> {name: the measured part of comparison.json}."""
     memory = {name: measure_memory(step, x, y) for name, step in steps.items()}
     times = measure_time(steps, x, y)
-    return {name: {"trainable_params": sum(p.numel() for p in step.model.parameters() if p.requires_grad),
+    return {name: {"trainable_params": sum(p.numel() for p in step.trained.values()),
                    "total_params": sum(p.numel() for p in step.model.parameters()),
                    "memory": memory[name], "time": times[name],
                    "tokens_per_s": x.numel() / times[name]["step_ms"] * 1000} for name, step in steps.items()}

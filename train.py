@@ -406,12 +406,13 @@ def compare_methods(args, source, out):
     predicted = {method: compare.predict(step, x) for method, step in steps.items()}
     measured = compare.measure(steps, x, y)
     base_corpus = tokenize(base_text, encoding, Path(out, "tokens"), settings.block_size)
+    style_before = evaluate(base, corpus, settings)
     for method, run in runs.items():
         kept = ("model.safetensors", "config.json") if method == "full" else ("adapter_model.safetensors",
                                                                               "adapter_config.json")
         measured[method] |= {
             "checkpoint_bytes": sum(Path(out, method, name).stat().st_size for name in kept),
-            "style_bpb_before": evaluate(base, corpus, settings), "style_bpb_after": evaluate(run.model, corpus, settings),
+            "style_bpb_before": style_before, "style_bpb_after": evaluate(run.model, corpus, settings),
             "base_bpb_after": evaluate(run.model, base_corpus, settings),
             "seconds_to_best": best_of(run.curve)["seconds"], "steps": settings.steps}
     report = {"device": device_name(args.device), "torch": torch.__version__,

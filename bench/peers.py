@@ -12,11 +12,10 @@ loss; on CUDA the frozen base stored in bfloat16), and, to separate the effects,
 is shown with the chunked loss too.
 """
 import argparse
-import json
 import platform
 import statistics
 import sys
-import time
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import compare
+from data.runs import write_json
 from gpt import GPT, GPTConfig
 from lora_minimal import apply_lora
 from train import Settings, Step, device_name, loss_chunk
@@ -124,22 +124,15 @@ def run(args, shape, batch, block, mode):
         times[key] = []
     for _ in tqdm(range(args.rounds), desc=f"{mode}: rounds", disable=None):
         for key, step in steps.items():
-            wait(args.device)
-            clock = time.perf_counter()
+            start = compare.clock(args.device)
             for _ in range(args.repeat):
                 step(x, y)
-            wait(args.device)
-            times[key].append((time.perf_counter() - clock) / args.repeat * 1000)
+            times[key].append((compare.clock(args.device) - start) / args.repeat * 1000)
     median = {key: statistics.median(values) for key, values in times.items()}
     full = next(iter(median))
     return [{"library": library, "targets": targets, "mode": mode, "step_ms": median[library, targets],
              "speedup_vs_full": median[full] / median[library, targets], "peak_bytes": peaks[library, targets],
              "memory_vs_full": peaks[full] / peaks[library, targets]} for library, targets in median]
-
-
-def wait(device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def main():
@@ -165,11 +158,11 @@ def main():
               f"{row['speedup_vs_full']:>9.3f} {compare.size(row['peak_bytes']):>9} {row['memory_vs_full']:>9.3f}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({
+        write_json(args.json, {
             "device": device_name(args.device), "shape": args.shape, "batch": batch, "block": block,
             "recompute": args.recompute, "loss_chunk": args.loss_chunk, "rounds": args.rounds, "rows": rows,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "peft": peft.__version__,
-                         "loralib": "0.1.2"}}, indent=2) + "\n")
+                         "loralib": version("loralib")}})
 
 
 if __name__ == "__main__":
