@@ -215,7 +215,7 @@ def test_a_death_while_starting_over_never_leaves_an_old_checkpoint_to_a_new_run
     open_run(tmp_path, {"lr": 1}, resume=False, fresh=False)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"of the run with lr 1")
 
-    def die(*args):
+    def die(*args, **kwargs):
         raise MemoryError
 
     for part in ("data.runs.write_json", "pathlib.Path.unlink"):
