@@ -18,7 +18,7 @@ S tokens read so far. The modules carry GPT-2's own names, so its weights and it
 import json
 import math
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,7 +170,7 @@ class GPT(nn.Module):
         start = 0 if cache is None or cache[0] is None else cache[0][0].size(2)
         if start + idx.size(1) > self.config.block_size:
             raise ValueError(f"{start + idx.size(1)} tokens exceed the model's block size of {self.config.block_size}")
-        pos = torch.arange(start, start + idx.size(1), device=idx.device)                  # (T,)
+        pos = torch.arange(start, start + idx.size(1), device=idx.device)[None]            # (1, T)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))   # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             if cache is not None:
@@ -239,29 +239,40 @@ class GPT(nn.Module):
                 "eos_token_id": c.vocab_size - 1, **{p: c.dropout for p in DROPOUTS}}, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, dir, dropout=None):
-        """Read a directory written by save_pretrained, or by transformers for a GPT-2. `dropout` replaces the stored one.
+    def from_pretrained(cls, name_or_dir, dropout=None):
+        """Read a directory written by save_pretrained, or by transformers for a GPT-2; or fetch "gpt2" … "gpt2-xl" through
+        huggingface_hub. `dropout` replaces the stored one. Weights become float32.
 
-        Raises FileNotFoundError where a file is missing, ValueError where one is damaged or describes another model."""
-        config = _read_config(Path(dir, "config.json"), dropout)
-        model, path = cls(config), Path(dir, "model.safetensors")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; a model directory holds config.json and model.safetensors")
-        shapes, params = dict(_file_shapes(config)), dict(model.named_parameters())
+        Raises OSError where a file is missing or cannot be fetched, ValueError where one is damaged or describes another
+        model."""
+        dir = pretrained_dir(name_or_dir)
+        config = _read_config(dir / "config.json", dropout)
         try:
-            with safe_open(path, framework="pt") as file:
-                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-                wrong = [name for name in shapes.keys() | found.keys()
-                         if found.get(name) != (shapes[name][::-1] if _is_conv1d(name) else shapes.get(name))]
+            with ExitStack() as stack, torch.no_grad():
+                found = {}              # GPT-2's name for a tensor -> the open file, and the name in it
+                for path in weight_files(dir):
+                    file = stack.enter_context(safe_open(path, framework="pt"))
+                    found |= {_name_in_gpt2(name): (file, name) for name in file.keys()}
+                found.pop(None, None)
+                head = found.pop("lm_head.weight", None)
+                given = {name: tuple(file.get_slice(its).get_shape()) for name, (file, its) in found.items()}
+                shapes = {name: shape[::-1] if _is_conv1d(name) else shape for name, shape in _file_shapes(config)}
+                wrong = [name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)]
                 if wrong:
-                    raise ValueError(f"{path} does not fit its config.json: missing, unknown or of another shape: "
+                    raise ValueError(f"{dir}: the weights do not fit config.json: missing, unknown or of another shape: "
                                      f"{_some(wrong)}")
-                with torch.no_grad():
-                    for name, p in params.items():      # one tensor at a time: never two models in memory
-                        tensor = file.get_tensor(name)
-                        p.copy_(tensor.t() if _is_conv1d(name) else tensor)
+                with torch.device("meta"):
+                    model = cls(config)         # takes no memory, and no time to initialise
+                model.to_empty(device="cpu")
+                model.lm_head.weight = model.transformer.wte.weight         # tied again
+                for name, p in model.named_parameters():        # one tensor at a time: never two models in memory
+                    file, its = found[name]
+                    p.copy_(file.get_tensor(its).t() if _is_conv1d(name) else file.get_tensor(its))
+                if head and not torch.equal(head[0].get_tensor(head[1]).float(), model.lm_head.weight):
+                    raise ValueError(f"{dir} has a head of its own; in GPT-2 it is the embedding (tied)")
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from error
+            raise ValueError(f"{dir}: a weight file is not a whole safetensors file ({error}); fetch or write it again"
+                             ) from error
         return model
 
 
@@ -338,6 +349,50 @@ FIXED = {   # what this file implements, in transformers' words: written as it s
 }
 
 
+def pretrained_dir(name_or_dir):
+    """"gpt2" … "gpt2-xl" -> the directory where huggingface_hub keeps that model and its tokenizer, fetched if not there
+    yet; anything else, and a directory of such a name, is taken as it stands. Raises OSError where it cannot be fetched."""
+    if Path(name_or_dir).is_dir() or name_or_dir not in PRESETS or not name_or_dir.startswith("gpt2"):
+        return Path(name_or_dir)
+    try:
+        from huggingface_hub import snapshot_download       # optional: only this needs it
+        return Path(snapshot_download(f"openai-community/{name_or_dir}",
+                                      allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
+    except ImportError as error:
+        raise OSError(f"{name_or_dir} is fetched by huggingface_hub, which is not installed: pip install huggingface_hub; "
+                      "or give a directory") from error
+    except Exception as error:      # its errors have no common ancestor: HTTP, time-outs, a full disk
+        raise OSError(f"{name_or_dir} is not in huggingface_hub's cache and cannot be fetched ({type(error).__name__}: "
+                      f"{str(error).splitlines()[0]}); check the network, or give a directory") from error
+
+
+def weight_files(dir):
+    """The safetensors files of a model directory: one, or those that an index lists. Raises FileNotFoundError, ValueError."""
+    index = Path(dir, "model.safetensors.index.json")
+    names = {"model.safetensors"}
+    if index.is_file() and not Path(dir, "model.safetensors").is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of weight files: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}, which is not a file beside it")
+        if not Path(dir, name).is_file():
+            pickled = [path.name for path in Path(dir).glob("*.bin")]
+            raise FileNotFoundError(f"{Path(dir, name)} does not exist; a model directory holds config.json and {name}" + (
+                f". {pickled[0]} is a pickle, which can run any code when it is read: convert it with transformers, "
+                "GPT2LMHeadModel.from_pretrained(dir).save_pretrained(new_dir)" if pickled else ""))
+    return sorted(Path(dir, name) for name in names)
+
+
+def _name_in_gpt2(name):
+    """GPT-2's full name for a tensor of a file; None for the causal masks that old files carry."""
+    if name.endswith((".attn.bias", ".attn.masked_bias")):
+        return None
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
 def _is_conv1d(name):
     """GPT-2's files keep the blocks' matrices as (in, out); nn.Linear is (out, in). One is square: shape cannot tell."""
     return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
@@ -357,7 +412,9 @@ def _read_config(path, dropout):
         raw = json.loads(path.read_text(encoding="utf-8"))
         shape = {ours: raw[theirs] for ours, theirs in dict(vocab_size="vocab_size", block_size="n_positions",
                                                             n_layer="n_layer", n_head="n_head", n_embd="n_embd").items()}
-        other = [f"{key}={raw[key]!r} (expected {value!r})" for key, value in FIXED.items() if raw.get(key, value) != value]
+        same = {"activation_function": "gelu_pytorch_tanh", "n_inner": 4 * shape["n_embd"], "architectures": ["GPT2Model"]}
+        other = [f"{key}={raw[key]!r} (expected {value!r})" for key, value in FIXED.items()
+                 if raw.get(key, value) not in (value, same.get(key, value))]       # `same` means the same here
         if other:
             raise ValueError(f"not the GPT-2 that gpt.py implements: {_some(other)}")
         dropout = raw.get("resid_pdrop", 0.0) if dropout is None else dropout

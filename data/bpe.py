@@ -132,7 +132,8 @@ def load_tokenizer(dir):
         raise FileNotFoundError(f"{path} does not exist; a base model's directory holds its tokenizer")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["model"]["type"] != "BPE" or raw["pre_tokenizer"]["type"] != "ByteLevel" or raw["normalizer"] is not None:
+        cut = raw["pre_tokenizer"]
+        if raw["model"].get("type", "BPE") != "BPE" or cut["type"] != "ByteLevel" or cut["add_prefix_space"] or raw["normalizer"]:
             raise ValueError("not a byte-level BPE with GPT-2's word pattern")
         ranks = {bytes(CHAR_TO_BYTE[c] for c in text): rank for text, rank in raw["model"]["vocab"].items() if text != EOT}
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):

@@ -1,4 +1,5 @@
 """data/: the tokenizer against a naive reference and transformers, token files, splits and batches."""
+import json
 import random
 from collections import Counter
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from data import BUILT_IN, Batches, read_text, tokenize
-from data.bpe import EOT, PATTERN, load_tokenizer, save_tokenizer, train_bpe
+from data.bpe import CHAR_TO_BYTE, EOT, PATTERN, load_tokenizer, save_tokenizer, train_bpe
 
 TEXT = BUILT_IN["pirate"].read_text(encoding="utf-8").replace(EOT, "\n")[:60_000]
 
@@ -83,8 +84,21 @@ def test_the_saved_tokenizer_is_read_back_the_same(tmp_path, encoding):
     assert again.encode_ordinary(TEXT) == encoding.encode_ordinary(TEXT) and again.eot_token == encoding.eot_token
 
 
+def test_a_tokenizer_as_gpt2_has_it_on_the_hub_is_read(tmp_path, encoding):
+    save_tokenizer(encoding, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    chars = sorted(CHAR_TO_BYTE, key=ord)       # GPT-2 numbers the bytes by their characters, "!" is 0, and names no type
+    raw["model"]["vocab"] |= {char: i for i, char in enumerate(chars)}
+    raw["model"]["merges"] = [" ".join(halves) for halves in raw["model"]["merges"]]
+    path.write_text(json.dumps({**raw, "model": {key: v for key, v in raw["model"].items() if key != "type"}}), encoding="utf-8")
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("!") == [0] and ours.encode_ordinary(TEXT) == AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"]
+
+
 @pytest.mark.parametrize("change", [
-    lambda s: s[:-40], lambda s: "{}", lambda s: "[]", lambda s: s.replace('"BPE"', '"WordPiece"'),
+    lambda s: s[:-40], lambda s: "{}", lambda s: s.replace('"add_prefix_space": false', '"add_prefix_space": true'),
+    lambda s: "[]", lambda s: s.replace('"BPE"', '"WordPiece"'),
     lambda s: s.replace(': 300,', ': 9999,', 1), lambda s: s.replace('"A": 65', '"AAAA": 65')])
 def test_a_damaged_tokenizer_is_refused(tmp_path, encoding, change):
     save_tokenizer(encoding, tmp_path)

@@ -1,7 +1,9 @@
 """gpt.py against transformers' GPT-2, and what must hold of any GPT."""
 import json
 import math
+import sys
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -166,11 +168,18 @@ def test_unknown_preset_is_refused():
     (lambda d: (d / "config.json").write_text("[1]"), "config.json"),
     (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:5000]), "whole safetensors"),
     (lambda d: (d / "model.safetensors").write_bytes(b""), "whole safetensors"),
-    (lambda d: change_config(d, n_embd=32), "does not fit"),
+    (lambda d: change_config(d, n_embd=32), "do not fit"),
     (lambda d: change_config(d, n_layer=-1), "n_layer"),
     (lambda d: change_config(d, activation_function="gelu"), "activation_function"),
     (lambda d: change_config(d, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
-    (lambda d: drop_tensor(d, "transformer.ln_f.weight"), "transformer.ln_f.weight"),
+    (lambda d: change_tensors(d, lambda t: t.pop("transformer.ln_f.weight")), "transformer.ln_f.weight"),
+    (lambda d: change_tensors(d, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1})), "head of its own"),
+    (lambda d: change_config(d, n_inner=100), "n_inner"),
+    (lambda d: change_config(d, n_positions="many"), "block_size"),
+    (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pickle"),
+    (lambda d: (d / "model.safetensors").rename(d / "model.safetensors.index.json"), "not an index"),
+    (lambda d: shard_index(d, "../model.safetensors"), "not a file beside"),
+    (lambda d: shard_index(d, "other.safetensors"), "other.safetensors does not exist"),
 ])
 def test_a_damaged_or_foreign_directory_is_refused(tmp_path, model, damage, says):
     model.save_pretrained(tmp_path)
@@ -184,10 +193,64 @@ def change_config(dir, **changes):
     (dir / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def drop_tensor(dir, name):
+def change_tensors(dir, change):
     tensors = load_file(dir / "model.safetensors")
-    del tensors[name]
+    change(tensors)
     save_file(tensors, dir / "model.safetensors")
+
+
+def shard_index(dir, file):
+    (dir / "model.safetensors").unlink()
+    (dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"transformer.wte.weight": file}}))
+
+
+# ---- directories of others -------------------------------------------------------------------------------------------
+
+def test_old_files_without_the_prefix_and_with_masks_and_a_tied_head_are_read(tmp_path, model, idx):
+    model.save_pretrained(tmp_path)
+
+    def as_on_the_hub(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+        for i in range(2):
+            tensors[f"h.{i}.attn.bias"] = torch.ones(32, 32).tril()[None, None]
+            tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+
+    change_tensors(tmp_path, as_on_the_hub)
+    change_config(tmp_path, activation_function="gelu_pytorch_tanh", n_inner=4 * 64, architectures=["GPT2Model"])
+    assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+
+
+def test_weights_in_several_files_are_read(tmp_path, model, idx):
+    model.save_pretrained(tmp_path / "one")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "several", max_shard_size="100KB")
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
+    assert torch.equal(GPT.from_pretrained(tmp_path / "several")(idx)[0], model(idx)[0])
+
+
+def test_gpt2_is_fetched_by_name_from_the_hub(tmp_path, model, idx, monkeypatch):
+    model.save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or str(tmp_path))
+    assert torch.equal(GPT.from_pretrained("gpt2-medium")(idx)[0], model(idx)[0])
+    assert asked == ["openai-community/gpt2-medium"]
+
+
+def test_without_network_or_library_the_error_says_how_to_get_gpt2(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match="cannot be fetched"):
+        GPT.from_pretrained("gpt2")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(OSError, match="pip install huggingface_hub"):
+        GPT.from_pretrained("gpt2")
+
+
+def test_a_directory_called_gpt2_goes_before_the_hub(tmp_path, model, idx, monkeypatch):
+    model.save_pretrained(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(GPT.from_pretrained("gpt2")(idx)[0], model(idx)[0])
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lora_minimal
 from conftest import make_gpt
-from lora_minimal import (LoRALinear, LoRAProduct, apply_lora, disable_lora, load_lora, load_lora_state_dict, lora_parameters,
-                          lora_state_dict, merge_lora, remove_lora, save_lora, unmerge_lora)
+from lora_minimal import (LoRALinear, LoRAProduct, apply_lora, combine_lora, delete_lora, disable_lora, list_lora, load_lora,
+                          load_lora_state_dict, lora_layers, lora_parameters, lora_state_dict, merge_lora, remove_lora,
+                          save_lora, unmerge_lora, use_lora)
 
 TARGETS = ("c_attn", "c_proj", "c_fc")
 
@@ -416,6 +417,271 @@ def test_disabling_gives_the_base_bit_for_bit_and_ends_with_the_block(idx, merge
     assert torch.equal(model(idx)[0], tuned)
 
 
+# ---- many adapters over one base -------------------------------------------------------------------------------------
+
+VOICES = {"pirate": dict(seed=1), "bard": dict(seed=2, r=2, alpha=3, target_modules=["attn.c_proj", "c_fc"]),
+          "noir": dict(seed=3, use_rslora=True)}
+
+
+@pytest.fixture
+def voices(tmp_path):
+    """A GPT with three adapters of different ranks and layers loaded under names, and {name: the model with it alone}."""
+    model, alone = make_gpt(), {None: make_gpt()}
+    for name, settings in VOICES.items():
+        alone[name] = adapted(**{**settings, "seed": 0})
+        torch.manual_seed(settings["seed"])
+        for p in lora_parameters(alone[name]):
+            nn.init.normal_(p, std=0.1)
+        save_lora(alone[name], tmp_path / name)
+        load_lora(model, tmp_path / name, name)
+    return model, alone
+
+
+def test_switching_gives_each_adapter_alone_and_never_touches_the_base(voices, idx):
+    model, alone = voices
+    before = {name: (p.data_ptr(), p.clone()) for name, p in make_gpt().named_parameters()}
+    now = {name: (p.data_ptr(), p) for name, p in model.named_parameters()}
+    assert list_lora(model) == sorted(VOICES)
+    for name in ("bard", "pirate", None, "noir", None, "bard"):
+        use_lora(model, name)
+        assert torch.equal(model(idx)[0], alone[name](idx)[0])
+        assert all(p.data_ptr() == now[k][0] and torch.equal(p, before[k][1])
+                   for k, p in model.named_parameters() if k in before)
+
+
+def test_the_state_dict_is_of_the_base_and_the_adapter_in_use(voices):
+    model, alone = voices
+    for name in (None, "bard"):
+        use_lora(model, name)
+        assert model.state_dict().keys() == alone[name].state_dict().keys()
+
+
+def test_rows_of_a_mixed_batch_are_what_they_would_be_alone(voices):
+    model, alone = voices
+    rows = ["noir", None, "bard", "pirate", "bard"]
+    idx = torch.randint(97, (5, 20), generator=torch.Generator().manual_seed(3))
+    own = {p.data_ptr() for p in model.parameters()}
+    use_lora(model, rows)
+    assert {p.data_ptr() for n, p in model.named_parameters() if "lora_" not in n} <= own, "no base weight is copied"
+    logits = model(idx)[0]
+    for row, name in enumerate(rows):
+        torch.testing.assert_close(logits[row], alone[name](idx[row:row + 1])[0][0], atol=1e-5, rtol=0)
+    assert torch.equal(model.generate(idx, 15, temperature=0), torch.cat([
+        alone[name].generate(idx[row:row + 1], 15, temperature=0) for row, name in enumerate(rows)]))
+    use_lora(model, "pirate")
+    assert torch.equal(model(idx)[0], alone["pirate"](idx)[0])
+
+
+def test_a_mix_of_nothing_but_the_base_is_the_base(voices, idx):
+    model, alone = voices
+    use_lora(model, [None] * 3)
+    assert torch.equal(model(idx)[0], alone[None](idx)[0])
+
+
+def test_a_batch_of_another_size_than_the_mix_is_refused(voices, idx):
+    model, _ = voices
+    use_lora(model, ["pirate", "bard"])
+    with pytest.raises(ValueError, match="3, 20.*2 rows"):
+        model(idx)
+
+
+def test_a_mix_can_be_neither_merged_nor_saved_nor_trained(voices, tmp_path):
+    model, _ = voices
+    use_lora(model, ["pirate", "bard"])
+    for call in (merge_lora, lora_parameters, lora_state_dict, lambda model: save_lora(model, tmp_path / "mix")):
+        with pytest.raises(ValueError, match="use_lora"):
+            call(model)
+    assert not (tmp_path / "mix").exists()
+
+
+@pytest.mark.parametrize("which", ["parrot", ["pirate", "parrot"], [], ""])
+def test_an_adapter_that_is_not_there_is_refused_and_those_there_are_named(voices, idx, which):
+    model, alone = voices
+    with pytest.raises(ValueError, match="bard, noir, pirate"):
+        use_lora(model, which)
+    assert torch.equal(model(idx)[0], alone["noir"](idx)[0])
+
+
+def test_deleting_forgets_one_adapter_and_leaves_the_others(voices, idx):
+    model, alone = voices
+    delete_lora(model, "noir")
+    assert list_lora(model) == ["bard", "pirate"] and torch.equal(model(idx)[0], alone[None](idx)[0])
+    use_lora(model, "bard")
+    assert torch.equal(model(idx)[0], alone["bard"](idx)[0])
+    with pytest.raises(ValueError, match="noir"):
+        delete_lora(model, "noir")
+
+
+def test_a_weighted_sum_is_exact_and_an_adapter_like_any_other(voices, idx, tmp_path):
+    model, _ = voices
+    weights, base = {"pirate": 0.7, "noir": -0.4, "bard": 1.5}, make_gpt()
+    combine_lora(model, weights, "mix")
+    for path, layer in lora_layers(model).items():
+        parts = [w * a["scaling"] * a["lora_B"] @ a["lora_A"] for name, w in weights.items()
+                 if (a := layer.adapters.get(name))]
+        torch.testing.assert_close(layer.scaling * layer.lora_B @ layer.lora_A, sum(parts), atol=1e-5, rtol=1e-5)
+        base.get_submodule(path).weight.data += sum(parts)
+    torch.testing.assert_close(model(idx)[0], base(idx)[0], atol=2e-5, rtol=0)
+    save_lora(model, tmp_path / "mix")
+    other = make_gpt()
+    load_lora(other, tmp_path / "mix")
+    assert torch.equal(other(idx)[0], model(idx)[0])
+    make_gpt().save_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval(), tmp_path / "mix")
+    torch.testing.assert_close(theirs(idx).logits, model(idx)[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("weights, name", [({}, "mix"), ({"parrot": 1.0}, "mix"), ({"pirate": math.nan}, "mix"),
+                                           ({"pirate": 1.0}, "bard")])
+def test_a_sum_that_cannot_be_made_is_refused_and_changes_nothing(voices, idx, weights, name):
+    model, alone = voices
+    with pytest.raises(ValueError, match="pirate|bard"):
+        combine_lora(model, weights, name)
+    assert list_lora(model) == sorted(VOICES) and torch.equal(model(idx)[0], alone["noir"](idx)[0])
+
+
+def test_training_one_adapter_leaves_the_others_and_the_base_bit_for_bit(voices, idx):
+    model, alone = voices
+    use_lora(model, "pirate")
+    train_steps(model, idx, 3)
+    assert not torch.equal(model(idx)[0], alone["pirate"](idx)[0])
+    for name in (None, "bard", "noir"):
+        use_lora(model, name)
+        assert torch.equal(model(idx)[0], alone[name](idx)[0])
+
+
+def test_a_new_adapter_beside_others_freezes_only_the_base(voices, idx):
+    model, alone = voices
+    apply_lora(model, r=2, name="fresh", target_modules=["c_attn"])
+    assert torch.equal(model(idx)[0], alone[None](idx)[0])
+    assert all(p.requires_grad for p in lora_parameters(model)) and len(lora_parameters(model)) == 4
+    assert {p for p in model.parameters() if p.requires_grad} == set(lora_parameters(model))
+    use_lora(model, "pirate")
+    assert {p for p in model.parameters() if p.requires_grad} == set(lora_parameters(model))
+
+
+def test_an_optimizer_made_before_switching_trains_the_adapter_after_it(voices, idx):
+    model, _ = voices
+    use_lora(model, "pirate")
+    optimizer, before = torch.optim.SGD(lora_parameters(model), lr=0.1), lora_parameters(model)[0].clone()
+    use_lora(model, "bard")
+    with disable_lora(model):
+        model(idx)
+    use_lora(model, "pirate")
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    assert not torch.equal(lora_parameters(model)[0], before)
+
+
+def test_switching_unmerges_first_and_each_adapter_merges(voices, idx):
+    model, alone = voices
+    for name in ("pirate", "bard"):
+        use_lora(model, name)
+        merge_lora(model)
+        torch.testing.assert_close(model(idx)[0], alone[name](idx)[0], atol=2e-5, rtol=0)
+    use_lora(model, None)
+    assert torch.equal(model(idx)[0], alone[None](idx)[0])
+
+
+def test_disabling_a_mix_ends_with_the_mix(voices, idx):
+    model, alone = voices
+    use_lora(model, ["pirate", None, "bard"])
+    mixed = model(idx)[0]
+    with disable_lora(model):
+        assert torch.equal(model(idx)[0], alone[None](idx)[0])
+    assert torch.equal(model(idx)[0], mixed)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_an_adapter_not_in_use_follows_its_layer_to_another_device(voices, idx):
+    model, alone = voices
+    model.to("cuda")
+    for name in ("bard", "pirate"):
+        use_lora(model, name)
+        torch.testing.assert_close(model(idx.cuda())[0].cpu(), alone[name](idx)[0], atol=1e-3, rtol=1e-3)
+    use_lora(model, ["bard", "noir", None])
+    assert model(idx.cuda())[0].is_cuda
+
+
+def test_a_copy_with_several_adapters_is_independent(voices, idx):
+    model, alone = voices
+    twin = copy.deepcopy(model)
+    for layer in lora_layers(twin).values():
+        for adapter in layer.adapters.values():
+            adapter["lora_B"].data.zero_()
+    for name in VOICES:
+        use_lora(model, name)
+        use_lora(twin, name)
+        assert torch.equal(model(idx)[0], alone[name](idx)[0]) and torch.equal(twin(idx)[0], alone[None](idx)[0])
+
+
+def test_a_refused_file_leaves_the_adapters_and_the_one_in_use(voices, tmp_path, idx):
+    model, alone = voices
+    write_tensors(tmp_path / "bard", lambda t: next(iter(t.values())).fill_(math.nan))
+    for name in ("bard", "new"):
+        with pytest.raises(ValueError, match="NaN"):
+            load_lora(model, tmp_path / "bard", name)
+    with pytest.raises(ValueError, match="differs"):
+        load_lora(model, tmp_path / "pirate", "noir")
+    assert list_lora(model) == sorted(VOICES) and torch.equal(model(idx)[0], alone["noir"](idx)[0])
+
+
+# ---- embeddings and other kinds of layers ----------------------------------------------------------------------------
+
+def test_an_embedding_is_looked_up_in_w_plus_ba():
+    torch.manual_seed(0)
+    net, idx = nn.Sequential(nn.Embedding(50, 12, padding_idx=3)), torch.randint(50, (4, 7))
+    base, before = net[0], net(idx)
+    apply_lora(net, r=3, alpha=6, target_modules=["0"])
+    assert torch.equal(net(idx), before) and net[0].weight is base.weight
+    for p in lora_parameters(net):
+        nn.init.normal_(p)
+    expected = base.weight + 2 * (net[0].lora_B @ net[0].lora_A).T
+    torch.testing.assert_close(net(idx), expected[idx], atol=1e-5, rtol=0)
+    merge_lora(net)
+    torch.testing.assert_close(net(idx), expected[idx], atol=1e-5, rtol=0)
+    remove_lora(net)
+    assert type(net[0]) is nn.Embedding and net[0].padding_idx == 3
+
+
+def test_a_first_step_moves_only_the_tokens_it_has_seen():
+    net = nn.Sequential(nn.Embedding(50, 12), nn.Linear(12, 1))
+    apply_lora(net, target_modules=["0"])
+    before = (net[0].lora_B @ net[0].lora_A).clone()
+    optimizer = torch.optim.SGD(lora_parameters(net), lr=0.1)
+    net(torch.tensor([4, 9])).sum().backward()
+    optimizer.step()
+    moved = (net[0].lora_B @ net[0].lora_A - before).abs().sum(0)
+    assert moved.nonzero().flatten().tolist() == [4, 9]
+
+
+def test_rows_of_a_mix_with_an_adapted_position_embedding(tmp_path):
+    model, alone = make_gpt(), {}
+    for seed, name in enumerate("ab"):
+        alone[name] = adapted(target_modules=["wpe", "c_attn"], std=0.1 + 0.1 * seed)
+        save_lora(alone[name], tmp_path / name)
+        load_lora(model, tmp_path / name, name)
+    idx = torch.randint(97, (2, 2))         # as many positions as rows: only by chance would the shapes tell
+    use_lora(model, ["b", "a"])
+    for row, name in enumerate("ba"):
+        torch.testing.assert_close(model(idx)[0][row], alone[name](idx[row:row + 1])[0][0], atol=1e-5, rtol=0)
+
+
+def test_a_subclass_of_linear_is_refused_since_it_may_compute_something_else():
+    attention = nn.MultiheadAttention(8, 2)         # uses its out_proj's weight without calling it
+    with pytest.raises(ValueError, match="NonDynamicallyQuantizableLinear, not an nn.Linear"):
+        apply_lora(attention, target_modules=["out_proj"])
+
+
+def test_removing_puts_back_a_layer_with_the_hooks_it_had():
+    net, calls = nn.Sequential(nn.Linear(4, 4)), []
+    net[0].register_forward_hook(lambda *_: calls.append(1))
+    apply_lora(net, target_modules=["0"])
+    remove_lora(net)
+    net(torch.ones(1, 4))
+    assert calls == [1] and type(net[0]) is nn.Linear
+
+
 # ---- state dicts and files -------------------------------------------------------------------------------------------
 
 def test_the_state_dict_round_trips_through_safetensors(tmp_path, idx):
@@ -469,6 +735,96 @@ def test_a_second_adapter_is_loaded_over_the_first(tmp_path, idx):
     save_lora(second, tmp_path)
     load_lora(first, tmp_path)
     assert torch.equal(first(idx)[0], second(idx)[0])
+
+
+def their_adapter(dir, std=0.1, **settings):
+    """PEFT's LoRA on transformers' GPT-2, saved in dir/adapter -> the PEFT model."""
+    make_gpt().save_pretrained(dir / "base")
+    base = GPT2LMHeadModel.from_pretrained(dir / "base").eval()
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**{
+        **dict(r=4, lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True), **settings})).eval()
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=std)
+    theirs.save_pretrained(dir / "adapter")
+    # Read again, for that is what the file means: PEFT sorts the patterns when it writes them, and the first match counts.
+    return peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(dir / "base"), dir / "adapter").eval()
+
+
+@pytest.mark.parametrize("settings", [
+    dict(rank_pattern={"c_attn": 2, "h.1.mlp.c_fc": 7}), dict(alpha_pattern={"mlp.c_proj": 3, "c_proj": 40}),
+    dict(rank_pattern={r"h\.1\..*": 6}, alpha_pattern={r".*\.c_(attn|fc)": 9}, use_rslora=True),
+    dict(target_modules=r".*\.1\.attn\.c_(attn|proj)"), dict(layers_to_transform=[1]), dict(exclude_modules=["mlp.c_proj"]),
+    dict(target_modules=["c_attn", "wpe"]), dict(init_lora_weights="gaussian")])
+def test_whatever_peft_computes_from_its_file_we_compute(tmp_path, idx, settings):
+    theirs, model = their_adapter(tmp_path, **settings), make_gpt()
+    load_lora(model, tmp_path / "adapter")
+    torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(use_dora=True), "use_dora"), (dict(bias="lora_only"), "bias"), (dict(modules_to_save=["ln_f"]), "modules_to_save"),
+    (dict(lora_bias=True), "lora_bias"), (dict(trainable_token_indices=[1, 2]), "trainable_token_indices"),
+    (dict(init_lora_weights="pissa"), "init_lora_weights"), (dict(target_modules=["c_attn", "wte"]), "shares its weight")])
+@pytest.mark.filterwarnings("ignore")
+def test_what_peft_can_and_we_cannot_is_refused_by_name(tmp_path, model, idx, settings, says):
+    before = model(idx)[0]
+    their_adapter(tmp_path, **settings)
+    with pytest.raises(ValueError, match=says):
+        load_lora(model, tmp_path / "adapter")
+    assert torch.equal(model(idx)[0], before) and not any(isinstance(m, lora_minimal.LoRALayer) for m in model.modules())
+
+
+def test_greedy_continuations_equal_pefts_both_ways(tmp_path, idx):
+    theirs, model = their_adapter(tmp_path, std=0.3), make_gpt()
+    load_lora(model, tmp_path / "adapter")
+    ours = model.generate(idx, 12, temperature=0)
+    assert torch.equal(theirs.generate(idx, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None), ours)
+    save_lora(model, tmp_path / "again")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "again")
+    assert torch.equal(again.generate(idx, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None), ours)
+
+
+def test_layers_of_different_rank_and_alpha_survive_the_file_and_peft(tmp_path, idx):
+    """Names that end in one another: "0" is a pattern for "2.0" too, unless "2.0" has gone before."""
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))))
+
+    model, x = net(), torch.randn(5, 8)
+    lora_minimal._adapt(model, {path: dict(r=r, alpha=alpha, dropout=0.0, use_rslora=False) for path, r, alpha in
+                                (("0", 2, 8), ("2.0", 3, 4.5), ("2.1.0", 4, 16))}, "default")
+    for p in lora_parameters(model):
+        nn.init.normal_(p)
+    save_lora(model, tmp_path)
+    other, theirs = net(), peft.PeftModel.from_pretrained(net(), tmp_path)
+    load_lora(other, tmp_path)
+    assert torch.equal(other(x), model(x))
+    torch.testing.assert_close(theirs(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_llama_is_adapted_and_agrees_with_peft_both_ways(tmp_path):
+    def llama():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)).eval()
+
+    model, idx = llama(), torch.randint(97, (2, 9))
+    before = model(idx).logits
+    apply_lora(model, target_modules=("q_proj", "v_proj", "down_proj", "embed_tokens"))
+    torch.testing.assert_close(model(idx).logits, before, atol=1e-6, rtol=0)
+    for p in lora_parameters(model):
+        nn.init.normal_(p, std=0.1)
+    save_lora(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(idx).logits, model(idx).logits, atol=1e-5, rtol=0)
+    assert (theirs(idx).logits - before).abs().max() > 0.1
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    again = llama()
+    load_lora(again, tmp_path / "theirs")
+    torch.testing.assert_close(again(idx).logits, model(idx).logits, atol=1e-5, rtol=0)
 
 
 def write_config(dir, **changes):
