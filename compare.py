@@ -320,10 +320,31 @@ def plot(report, curves, style, path):
     plt.close(fig)
 
 
+def voices(sizes, bpb):
+    """What many adapters over one base cost, and that each is best at its own text: sizes {"base": bytes, "voices": {name:
+    bytes}}, bpb {model: {text: bits per byte}}, models and texts in the same order, the base first."""
+    base, copies, every = sizes["base"], len(sizes["voices"]), sum(sizes["voices"].values())
+    rows = [("to keep on disk", "bytes", "of the base"), ("the base", size(base), "")]
+    rows += [(f"+ {name}", size(n), f"{n / base:.1%}") for name, n in sizes["voices"].items()]
+    rows += [(f"the {copies} adapters", size(every), f"{every / base:.1%}"),
+             (f"{copies} full copies instead", size(copies * base), f"{copies:.0%}")]
+    texts = list(next(iter(bpb.values())))
+    best = {text: min(bpb, key=lambda model: bpb[model][text]) for text in texts}
+    own = dict(zip(texts, bpb))
+    matrix = [("bits per byte of", *texts)] + [
+        (model, *(f"{of[text]:.3f}{'*' if best[text] == model else ' '}" for text in texts)) for model, of in bpb.items()]
+    lost = [text for text in texts if best[text] != own[text]]
+    return "\n\n".join((aligned(rows), aligned(matrix), "* the best for this text. " + (
+        f"Not by its own model: {', '.join(lost)}." if lost else "Each text is told best by the model that learnt from it.")))
+
+
 def side_by_side(texts, width):
-    """{title: text} as columns that together are `width` characters wide."""
+    """{title: text} as columns that together are `width` characters wide; one below the other where they would be narrow."""
     column = (width - 2 * (len(texts) - 1)) // len(texts)
-    columns = [[title, "-" * column, *(line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""])]
+    if column < 24:
+        return "\n\n".join(f"--- {title}\n{text}" for title, text in texts.items())
+    columns = [[*textwrap.wrap(title, column), "-" * column,
+                *(line for part in text.splitlines() for line in textwrap.wrap(part, column) or [""])]
                for title, text in texts.items()]
     return "\n".join("  ".join(f"{cell:<{column}}" for cell in row).rstrip()
                      for row in itertools.zip_longest(*columns, fillvalue=""))

@@ -5,7 +5,9 @@ The command line: pretrain a GPT, tune it to a style by full fine-tuning or by L
     python train.py pretrain --data my_book.txt --out out/base           a base model of your own
     python train.py tune --method lora --base out/base --data pirate --out out/pirate
     python train.py compare --base out/base --data bard --out out/compare
-    python train.py sample --base out/base --adapter out/pirate --prompt "The old lighthouse"
+    python train.py voices                                               pirate, bard and noir over one base
+    python train.py sample --base out/base --adapter out/pirate --adapter out/bard --prompt "The old lighthouse"
+    python train.py merge --base out/base --adapter out/pirate --out out/merged
 
 `python train.py COMMAND --help` lists the flags. One function, train(), does every kind of training; they differ in
 which parameters train. Held-out text is measured in bits per byte (bpb): how many bits the model needs to write down
@@ -33,8 +35,8 @@ import compare
 from data import Batches, read_text, tokenize
 from data.bpe import load_tokenizer, save_tokenizer, train_bpe
 from data.runs import close_run, open_run, read_checkpoint, read_json, write_checkpoint, write_json
-from gpt import GPT, GPTConfig, replacing
-from lora_minimal import apply_lora, load_lora, merge_lora, save_lora
+from gpt import GPT, PRESETS, GPTConfig, pretrained_dir, replacing, weight_files
+from lora_minimal import apply_lora, load_lora, merge_lora, remove_lora, save_lora, use_lora
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -87,6 +89,9 @@ RECIPES = {     # what a kind of device pretrains in minutes, and how
                 full=dict(steps=250, batch_size=32, block_size=256, lr=2e-4, eval_every=10, dropout=0.1),
                 lora=dict(steps=250, batch_size=32, block_size=256, lr=3e-3, eval_every=10, dropout=0.1, weight_decay=0.0)),
 }
+
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def loss_chunk(kind, device):
@@ -293,8 +298,9 @@ def _stop_between_steps():
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
-def load_model(dir, device, dropout=0.0, dtype="float32"):
+def load_model(base, device, dropout=0.0, dtype="float32"):
     """-> the model on its device, its tokenizer, and the name of the corpus it learnt from (None where not known)."""
+    dir = pretrained_dir(base)
     model, encoding = GPT.from_pretrained(dir, dropout=dropout), load_tokenizer(dir)
     if encoding.n_vocab > model.config.vocab_size:
         raise ValueError(f"{dir}: the tokenizer has {encoding.n_vocab} entries, the model {model.config.vocab_size}; "
@@ -302,6 +308,37 @@ def load_model(dir, device, dropout=0.0, dtype="float32"):
     record = Path(dir, "training.json")
     learnt_from = read_json(record).get("asked", {}).get("data") if record.exists() else None
     return model.to(device, getattr(torch, dtype)).eval(), encoding, learnt_from
+
+
+def fingerprint(base):
+    """A hash of a model directory's weights."""
+    digest = hashlib.sha256()
+    for path in weight_files(pretrained_dir(base)):
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()[:16]
+
+
+def load_voices(model, base, voices):
+    """Load the adapters {name: directory}; say so where one was tuned on another base than this."""
+    for name, dir in voices.items():
+        load_lora(model, dir, name)
+        record = Path(dir, "training.json")
+        tuned_on = read_json(record).get("asked", {}).get("base") if record.exists() else None
+        if tuned_on not in (None, fingerprint(base)):
+            say(f"note: {dir} was tuned on another base than {base}")
+
+
+def base_text(args, learnt_from):
+    """The text to measure forgetting on: what the base learnt from, unless another is asked for."""
+    return read_text(args.base_data or learnt_from or "tales", 0.05, Path(args.out, "downloads"))
+
+
+def keep_apart(dir, *inputs):
+    """Raises ValueError where a directory to write into is one of those to be read."""
+    for other in inputs:
+        if Path(dir).resolve() == pretrained_dir(other).resolve():
+            raise ValueError(f"{dir} would be overwritten while it is read; choose another directory for --out")
 
 
 def begin(dir, asked, args):
@@ -334,7 +371,7 @@ def pretrain(args, source, dir):
         f"{settings.steps} steps of {settings.batch_size} × {settings.block_size} tokens. What it writes as it learns:")
 
     def watch(point):
-        words = continue_text(model, encoding, args.prompt, 30, seed=0).replace("\n", " ")
+        words = continue_text(model, encoding, args.prompt, 30, seed=0)[0].replace("\n", " ")
         say(f"     step {point['step']:>4} {point['seconds']:>6.1f} s  {point['bpb']:.3f} bpb  " + words[:WIDTH - 36])
 
     curve = train(model, corpus, settings, dir, resume, watch)
@@ -346,13 +383,19 @@ def pretrain(args, source, dir):
 def tune(args, method, source, dir):
     """Tune the base model to a corpus, all of it ("full") or by LoRA ("lora"), into dir.
 
+    A base wider than the one the recipe is for gets a smaller learning rate, in proportion (Yang et al. 2021, "Tensor
+    Programs V", §4), unless --lr is given: the recipes' own 1e-2 for 128 and 3e-3 for 384 channels keep to it.
     -> settings, corpus, curve, and model: read back from dir, so that what is judged is what was saved."""
+    keep_apart(dir, args.base)
     settings = settings_for(method, args)
     model, encoding, _ = load_model(args.base, args.device, settings.dropout, settings.base_dtype)
     if settings.block_size > model.config.block_size:
         if args.block_size:
             raise ValueError(f"--block-size {args.block_size} exceeds the base model's {model.config.block_size}")
         settings = replace(settings, block_size=model.config.block_size)
+    if args.lr is None:
+        narrow = PRESETS[recipe(args.device)["preset"]]["n_embd"] / model.config.n_embd
+        settings = replace(settings, lr=settings.lr * min(1.0, narrow))
     text = read_text(source, 0.1, Path(args.out, "downloads"))
     corpus = tokenize(text, encoding, Path(args.out, "tokens"), settings.block_size)
     torch.manual_seed(settings.seed)
@@ -362,14 +405,13 @@ def tune(args, method, source, dir):
             shape = tuple(model.get_submodule(name).weight.shape)
             if args.r > min(shape):
                 raise ValueError(f"--r {args.r} exceeds the smaller side of {name}, {shape}; choose a smaller rank")
-    with open(Path(args.base, "model.safetensors"), "rb") as file:
-        base = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    asked = {"data": str(source), "corpus": corpus.digest, "base": base, "lora": lora, "settings": asdict(settings)}
+    asked = {"data": str(source), "corpus": corpus.digest, "base": fingerprint(args.base), "lora": lora,
+             "settings": asdict(settings)}
     curve, resume = begin(dir, asked, args)
     if not curve:
         counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
         say(f"     {counts[0]:,} of {counts[1]:,} parameters train; {settings.steps} steps of {settings.batch_size} × "
-            f"{settings.block_size} tokens, learning rate {settings.lr}")
+            f"{settings.block_size} tokens, learning rate {settings.lr:.2g}")
         curve = train(model, corpus, settings, dir, resume, lambda point: say(
             f"     step {point['step']:>4} {point['seconds']:>6.1f} s  {point['bpb']:.3f} bpb"))
         if lora:
@@ -389,8 +431,7 @@ def compare_methods(args, source, out):
     """Tune by both methods, measure both, and report: a table, out/comparison.json and out/comparison.png."""
     style, runs, steps = Path(source).stem, {}, {}
     base, encoding, learnt_from = load_model(args.base, args.device)
-    base_source = args.base_data or learnt_from or "tales"
-    base_text = read_text(base_source, 0.05, Path(out, "downloads"))        # if it is not there, say so before training
+    text = base_text(args, learnt_from)         # if it is not there, say so before training
     for method, title in (("full", "Full fine-tuning on"), ("lora", "LoRA on")):
         headline(f"{title} {style}")
         runs[method] = tune(args, method, source, Path(out, method))
@@ -405,11 +446,10 @@ def compare_methods(args, source, out):
     x, y = (t.to(args.device) for t in Batches(corpus.train, settings.batch_size, settings.block_size, seed=0)[0])
     predicted = {method: compare.predict(step, x) for method, step in steps.items()}
     measured = compare.measure(steps, x, y)
-    base_corpus = tokenize(base_text, encoding, Path(out, "tokens"), settings.block_size)
+    base_corpus = tokenize(text, encoding, Path(out, "tokens"), settings.block_size)
     style_before = evaluate(base, corpus, settings)
     for method, run in runs.items():
-        kept = ("model.safetensors", "config.json") if method == "full" else ("adapter_model.safetensors",
-                                                                              "adapter_config.json")
+        kept = ("model.safetensors", "config.json") if method == "full" else ADAPTER_FILES
         measured[method] |= {
             "checkpoint_bytes": sum(Path(out, method, name).stat().st_size for name in kept),
             "style_bpb_before": style_before, "style_bpb_after": evaluate(run.model, corpus, settings),
@@ -422,7 +462,7 @@ def compare_methods(args, source, out):
     write_json(Path(out, "comparison.json"), report)
     with replacing(Path(out, "comparison.png")) as path:
         compare.plot(report, {method: run.curve for method, run in runs.items()}, style, path)
-    say(compare.table(report, style, Path(base_source).stem) + "\n")
+    say(compare.table(report, style, Path(text.name).stem) + "\n")
     say(compare.ledgers(report, predicted) + "\n")
     for sentence in compare.findings(report):
         say(textwrap.fill(sentence, WIDTH, initial_indent="  · ", subsequent_indent="    "))
@@ -430,19 +470,59 @@ def compare_methods(args, source, out):
     headline("One prompt, three models")
     models = {"the base model": base, "after full fine-tuning": runs["full"].model, "after LoRA": runs["lora"].model}
     for seed in (0, 1):
-        say(compare.side_by_side({title: continue_text(model, encoding, args.prompt, 100, seed=seed)
+        say(compare.side_by_side({title: continue_text(model, encoding, args.prompt, 100, seed=seed)[0]
                                   for title, model in models.items()}, WIDTH) + "\n")
     say(f"Written: {Path(out, 'comparison.json')} and {Path(out, 'comparison.png')}. Now try:\n"
         f'  python train.py sample --base {args.base} --adapter {Path(out, "lora")} --prompt "Once"')
 
 
-def run_story(args):
-    args.base, args.base_data, args.resume = Path(args.out, "base"), None, args.resume or None
+def pretrain_base(args):
+    """The base of the whole story and of the voices, unless one is given: tales, into out/base."""
+    args.resume = args.resume or None
     say(f"LoRA from first principles, on {device_name(args.device)} with torch {torch.__version__}. "
         f"Everything is written into {args.out}.")
-    headline("Pretraining a GPT from nothing on tales")
-    pretrain(args, "tales", args.base)
+    if args.base is None:
+        headline("Pretraining a GPT from nothing on tales")
+        pretrain(args, "tales", Path(args.out, "base"))
+        args.base = Path(args.out, "base")
+
+
+def run_story(args):
+    args.base = args.base_data = None
+    pretrain_base(args)
     compare_methods(args, "pirate", args.out)
+
+
+def run_voices(args):
+    """Tune an adapter to each of several texts over one base, and judge every text under every adapter."""
+    sources = {Path(source).stem: source for source in args.data}
+    if len(sources) < len(args.data):
+        raise ValueError(f"--data: two of {', '.join(args.data)} have the same name, and adapters are called by it")
+    pretrain_base(args)
+    corpora = {}
+    for voice, source in sources.items():
+        headline(f"LoRA on {voice}")
+        corpora[voice] = tune(args, "lora", source, Path(args.out, voice)).corpus
+    headline("One base, many voices")
+    model, encoding, learnt_from = load_model(args.base, args.device)
+    text, settings = base_text(args, learnt_from), settings_for("lora", args)
+    settings = replace(settings, block_size=min(settings.block_size, model.config.block_size))
+    corpora = {Path(text.name).stem: tokenize(text, encoding, Path(args.out, "tokens"), settings.block_size), **corpora}
+    load_voices(model, args.base, {voice: Path(args.out, voice) for voice in sources})
+    bpb = {}
+    for title, voice in [("the base", None), *zip(sources, sources)]:
+        use_lora(model, voice)
+        bpb[title] = {name: evaluate(model, corpus, settings) for name, corpus in corpora.items()}
+    sizes = {"base": sum(path.stat().st_size for path in weight_files(pretrained_dir(args.base))),
+             "voices": {voice: sum(Path(args.out, voice, name).stat().st_size for name in ADAPTER_FILES) for voice in sources}}
+    write_json(Path(args.out, "voices.json"), {"bytes": sizes, "bpb": bpb})
+    say(compare.voices(sizes, bpb) + "\n")
+    say("One prompt, one batch, a row for each:\n")
+    use_lora(model, [None, *sources])
+    say(compare.side_by_side(dict(zip(bpb, continue_text(model, encoding, args.prompt, 100, seed=0, rows=len(bpb)))), WIDTH))
+    adapters = " ".join(f"--adapter {Path(args.out, voice)}" for voice in sources)
+    say(f'\nWritten: {Path(args.out, "voices.json")}. Now try:\n'
+        f'  python train.py sample --base {args.base} {adapters} --prompt "Once"')
 
 
 def run_pretrain(args):
@@ -464,14 +544,34 @@ def run_compare(args):
 
 
 def run_sample(args):
-    for adapter in (None, *args.adapter):
-        model, encoding, _ = load_model(args.base, args.device)
-        if adapter:
-            load_lora(model, adapter)
+    model, encoding, _ = load_model(args.base, args.device)
+    voices = {str(args.base): None} | {dir: dir for dir in args.adapter}
+    load_voices(model, args.base, {dir: dir for dir in args.adapter})
+    texts = []
+    for which in [list(voices.values())] if not args.merge else voices.values():      # one batch, or one merged model a time
+        if args.adapter:
+            use_lora(model, which)
             if args.merge:
                 merge_lora(model)
-        say(f"--- {adapter or args.base}\n" + continue_text(model.eval(), encoding, args.prompt, args.max_new_tokens, args.seed,
-                                                            args.temperature, args.top_k, args.top_p) + "\n")
+        texts += continue_text(model, encoding, args.prompt, args.max_new_tokens, args.seed, args.temperature, args.top_k,
+                               args.top_p, rows=1 if args.merge else len(which))
+    say(compare.side_by_side(dict(zip(voices, texts)), WIDTH))
+
+
+def run_merge(args):
+    keep_apart(args.out, args.base, *args.adapter)
+    args.resume = None
+    model, encoding, learnt_from = load_model(args.base, "cpu")         # in float32, whatever it was in for training
+    load_voices(model, args.base, {"voice": args.adapter[0]})
+    asked = {"data": learnt_from, "base": fingerprint(args.base), "adapter": args.adapter[0]}
+    begin(args.out, asked, args)
+    merge_lora(model)
+    remove_lora(model)
+    save_tokenizer(encoding, args.out)
+    model.save_pretrained(args.out)
+    close_run(args.out, asked, [])
+    say(f"Written: {args.out}, a model like any other. Now try:\n"
+        f'  python train.py sample --base {args.out} --prompt "Once"')
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
@@ -488,13 +588,13 @@ def headline(text):
     say(f"\n== {text}")
 
 
-def continue_text(model, encoding, prompt, max_new_tokens, seed, temperature=0.7, top_k=40, top_p=None):
-    """The prompt, read as the beginning of a story, and what the model makes of it."""
+def continue_text(model, encoding, prompt, max_new_tokens, seed, temperature=0.7, top_k=40, top_p=None, rows=1):
+    """The prompt, read as the beginning of a story, and what the model makes of it, as many times as there are rows."""
     torch.manual_seed(seed)
-    idx = torch.tensor([[encoding.eot_token, *encoding.encode(prompt, allowed_special="all")]])     # (1, T)
+    idx = torch.tensor([[encoding.eot_token, *encoding.encode(prompt, allowed_special="all")]] * rows)      # (rows, T)
     idx = model.generate(idx.to(next(model.parameters()).device), max_new_tokens, temperature, top_k, top_p,
                          stop_token=encoding.eot_token)
-    return encoding.decode([token for token in idx[0].tolist() if token != encoding.eot_token])
+    return [encoding.decode([token for token in row if token != encoding.eot_token]) for row in idx.tolist()]
 
 
 def device_name(device):
@@ -516,7 +616,7 @@ def make_parser():
 
     out = group(("--out", dict(required=True, help="the directory to write into")))
     data = group(("--data", dict(required=True, help="a UTF-8 text file, a URL, or tales, pirate, bard, noir")))
-    base = group(("--base", dict(required=True, help="the directory of a base model")))
+    base = group(("--base", dict(required=True, help="a base model: a directory, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")))
     shape = group(("--preset", dict(help="the model's shape: tiny, small, gpt2, …; if not given, what suits the device")))
     common = group(("--device", dict(help="cpu, cuda, cuda:1, mps; if not given, the best there is")),
                    ("--prompt", dict(default="The old lighthouse", help="what samples begin with")),
@@ -531,8 +631,13 @@ def make_parser():
                  ("--target-modules", dict(nargs="+", default=["c_attn", "c_proj", "c_fc"], help="the layers to adapt")))
     method = group(("--method", dict(choices=("lora", "full"), default="lora", help="adapters train, or everything")))
     forgetting = group(("--base-data", dict(help="what to measure forgetting on, if not what the base learnt from")))
-    sampling = group(("--adapter", dict(action="append", default=[], help="an adapter's directory; more than one may be given")),
-                     ("--merge", dict(action="store_true", help="fold the adapter into the weights first")),
+    adapters = group(("--adapter", dict(action="append", default=[], help="an adapter's directory; more than one may be given")))
+    adapter = group(("--adapter", dict(nargs=1, required=True, help="the adapter's directory")),
+                    ("--fresh", dict(action="store_true", help="replace what is in --out")))
+    many = group(("--data", dict(nargs="+", default=["pirate", "bard", "noir"], help="the texts, as for tune")),
+                 ("--base", dict(help="the base model; if not given, one is trained on tales")),
+                 ("--out", dict(default="out", help="the directory to write into (default: out)")))
+    sampling = group(("--merge", dict(action="store_true", help="fold the adapter into the weights first")),
                      ("--max-new-tokens", dict(type=int, default=150)), ("--temperature", dict(type=float, default=0.7)),
                      ("--top-k", dict(type=int, default=40)), ("--top-p", dict(type=float)),
                      ("--seed", dict(type=int, default=0)))
@@ -546,7 +651,9 @@ def make_parser():
             ("pretrain", run_pretrain, "train a base model from nothing", training, shape, data, out),
             ("tune", run_tune, "tune a base model to a text", training, method, lora, base, data, out),
             ("compare", run_compare, "tune by both methods and measure both", training, lora, base, data, forgetting, out),
-            ("sample", run_sample, "continue a prompt", base, sampling)):
+            ("voices", run_voices, "tune several adapters over one base", training, shape, lora, many, forgetting),
+            ("sample", run_sample, "continue a prompt, by the base and every adapter", base, adapters, sampling),
+            ("merge", run_merge, "fold an adapter into its base: a plain model directory", base, adapter, out)):
         commands.add_parser(name, help=help, description=help, parents=[common, *parents]).set_defaults(run=run)
     return parser
 

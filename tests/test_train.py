@@ -7,16 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import train
 from conftest import make_gpt
 from data import BUILT_IN, read_text, tokenize
-from data.bpe import train_bpe
+from data.bpe import load_tokenizer, save_tokenizer, train_bpe
 from data.runs import open_run
 from gpt import GPT
-from lora_minimal import apply_lora
+from lora_minimal import apply_lora, load_lora
 from train import Settings, Step, evaluate, main
 
 MINI = ["--steps", "4", "--batch-size", "2", "--block-size", "32", "--eval-every", "2", "--device", "cpu"]
@@ -91,12 +93,91 @@ def test_other_settings_are_refused_and_named_rather_than_overwrite(base, capsys
     assert code == 1 and "lr 0.008 -> 0.5" in error and "--fresh" in error
 
 
-def test_sample_prints_the_base_and_each_adapter_and_merging_changes_nothing(story, base, capsys):
-    argv = ["sample", "--base", base, "--adapter", story[0] / "lora", "--prompt", "Once", "--device", "cpu",
-            "--max-new-tokens", "8", "--temperature", "0"]
-    code, plain, _ = run(capsys, *argv)
-    assert code == 0 and plain.count("---") == 2 and plain.count("Once") == 2
-    assert run(capsys, *argv, "--merge")[1] == plain
+@pytest.fixture(scope="module")
+def voices(base, tmp_path_factory):
+    """`train.py voices` over the story's base, as its own command: (its --out, what it printed)."""
+    out = tmp_path_factory.mktemp("voices")
+    result = subprocess.run([sys.executable, TRAIN, "voices", "--base", base, "--out", str(out), *MINI, "--lr", "0.02"],
+                            capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def test_voices_leaves_an_adapter_for_each_text_and_judges_every_text_under_every_one(voices):
+    out, printed = voices
+    names = ["pirate", "bard", "noir"]
+    assert {path.name for path in out.iterdir()} == {*names, "tokens", "voices.json"}
+    report = json.loads((out / "voices.json").read_text())
+    assert list(report["bpb"]) == ["the base", *names]
+    for model in report["bpb"].values():
+        assert list(model) == ["tales", *names]
+    for name in names:
+        curve = json.loads((out / name / "training.json").read_text())["curve"]
+        assert report["bpb"][name][name] == pytest.approx(min(point["bpb"] for point in curve), rel=1e-5)
+        assert report["bytes"]["voices"][name] == sum(
+            (out / name / file).stat().st_size for file in ("adapter_model.safetensors", "adapter_config.json"))
+    assert sum(report["bytes"]["voices"].values()) < 0.2 * report["bytes"]["base"]
+    assert "the 3 adapters" in printed and "a row for each" in printed
+
+
+def test_the_matrix_is_what_each_adapter_alone_gives(voices, base):
+    report, model = json.loads((voices[0] / "voices.json").read_text()), GPT.from_pretrained(base)
+    load_lora(model, voices[0] / "bard")
+    corpus = tokenize(read_text("noir", 0.1, voices[0]), load_tokenizer(base), voices[0] / "tokens", 32)
+    assert evaluate(model.eval(), corpus, Settings(1, 1, 32, 0.1)) == pytest.approx(report["bpb"]["bard"]["noir"], rel=1e-5)
+
+
+def test_sample_prints_the_base_and_every_adapter_side_by_side_and_merging_changes_nothing(voices, base, capsys):
+    argv = ["sample", "--base", base, "--adapter", voices[0] / "pirate", "--adapter", voices[0] / "noir", "--prompt", "Once",
+            "--device", "cpu", "--max-new-tokens", "8", "--temperature", "0"]
+    code, mixed, _ = run(capsys, *argv)
+    assert code == 0 and mixed.count("---") > 3 and mixed.count("Once") == 3
+    assert run(capsys, *argv, "--merge")[1] == mixed
+    alone = run(capsys, *argv[:3], *argv[7:])[1]
+    assert alone.split("\n")[2].strip() == mixed.split("Once")[1].split("  ")[0].join(("Once", ""))
+
+
+def test_merge_writes_a_plain_model_that_transformers_opens(voices, base, tmp_path, capsys):
+    adapter, idx = voices[0] / "bard", torch.arange(20)[None]
+    code, _, error = run(capsys, "merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "merged")
+    assert code == 0, error
+    tuned = GPT.from_pretrained(base)
+    load_lora(tuned, adapter)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(theirs(idx).logits, tuned.eval()(idx)[0], atol=1e-5, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("Once")["input_ids"] == load_tokenizer(base).encode("Once")
+    code, _, error = run(capsys, "merge", "--base", base, "--adapter", voices[0] / "noir", "--out", tmp_path / "merged")
+    assert code == 1 and "--fresh" in error
+
+
+@pytest.mark.parametrize("argv", [["merge", "--adapter", "A", "--out", "A"], ["merge", "--adapter", "A", "--out", "B", "--fresh"],
+                                  ["tune", "--data", "noir", "--out", "B", "--fresh"]])
+def test_what_is_read_is_never_overwritten(voices, base, capsys, argv):
+    paths = {"A": str(voices[0] / "pirate"), "B": base}
+    before = {path: path.read_bytes() for dir in paths.values() for path in Path(dir).iterdir()}        # and no new ones
+    code, _, error = run(capsys, *[paths.get(arg, arg) for arg in argv], "--base", base, *(MINI if argv[0] == "tune" else []))
+    assert code == 1 and "choose another directory" in error
+    assert before == {path: path.read_bytes() for dir in paths.values() for path in Path(dir).iterdir()}
+
+
+def test_an_adapter_tuned_on_another_base_is_remarked_upon(voices, story, base, capsys):
+    argv = ["--adapter", voices[0] / "noir", "--prompt", "Once", "--device", "cpu", "--max-new-tokens", "2"]
+    assert "another base" not in run(capsys, "sample", "--base", base, *argv)[1]
+    assert "another base" in run(capsys, "sample", "--base", story[0] / "full", *argv)[1]
+
+
+def test_a_base_of_any_name_is_tuned_gpt2_through_the_hub_among_them(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: base)
+    code, printed, error = run(capsys, "tune", "--base", "gpt2", "--data", "noir", "--out", tmp_path / "noir", *MINI)
+    assert code == 0 and "--base gpt2 --adapter" in printed, error
+
+
+def test_a_wider_base_gets_a_smaller_learning_rate_unless_one_is_given(tmp_path, capsys, base):
+    make_gpt(n_embd=256, vocab_size=2048).save_pretrained(tmp_path / "wide")
+    save_tokenizer(load_tokenizer(base), tmp_path / "wide")
+    for flags, lr in ((["--lr", "0.25"], 0.25), ([], 0.005)):
+        run(capsys, "tune", "--base", tmp_path / "wide", "--data", "noir", "--out", tmp_path / str(lr), *MINI, *flags)
+        assert json.loads((tmp_path / str(lr) / "training.json").read_text())["asked"]["settings"]["lr"] == lr
 
 
 def test_a_text_of_ones_own_without_separators_and_a_long_prompt(tmp_path, capsys):
