@@ -304,11 +304,10 @@ def use_lora(model, which):
     """Switch to an adapter by name, or to the base model with None. Or give a list of these, one for each row: then the
     rows of every batch go through different adapters over the one base, use_lora(model, ["pirate", None, "bard"]) for idx
     (3, T). The mix is of A and B as they are now; train one at a time. Raises ValueError for a name that is not there."""
-    one = which is None or isinstance(which, str)
-    unknown = {*([which] if one else which)} - {None, *list_lora(model)}
-    if unknown or not (one or which):
+    one, layers = which is None or isinstance(which, str), lora_layers(model).values()
+    if not (one or which) or {*([which] if one else which)} - {None}.union(*(layer.kept for layer in layers)):
         raise ValueError(f"{which!r} asks for adapters that the model has not; it has {_some(list_lora(model))}")
-    for layer in lora_layers(model).values():
+    for layer in layers:
         layer.use(which if one else tuple(which))
 
 

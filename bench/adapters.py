@@ -84,13 +84,16 @@ def measure(args):
         f"generate: {n} adapters one by one": lambda: one_by_one(generate(ours), lambda name: use_lora(ours, name)),
     }
     times = {what: [] for what in work}
-    for round in tqdm(range(args.rounds + 2), desc="rounds", disable=None):
+    for round in tqdm(range(args.rounds + 1), desc="rounds", disable=None):
         for what, (prepare, run) in ((what, w if isinstance(w, tuple) else (lambda: None, w)) for what, w in work.items()):
+            repeat = 1 if what.startswith("generate") else 5
             prepare()
+            run()               # not counted: whatever ran before has left its marks on caches and clocks
             start = compare.clock(args.device)
-            run()
-            if round >= 2:
-                times[what].append(compare.clock(args.device) - start)
+            for _ in range(repeat):
+                run()
+            if round:
+                times[what].append((compare.clock(args.device) - start) / repeat)
     return {what: statistics.median(values) for what, values in times.items()}
 
 
