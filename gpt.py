@@ -18,7 +18,7 @@ S tokens read so far. The modules carry GPT-2's own names, so its weights and it
 import json
 import math
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,28 +248,27 @@ class GPT(nn.Module):
         dir = pretrained_dir(name_or_dir)
         config = _read_config(dir / "config.json", dropout)
         try:
-            with ExitStack() as stack, torch.no_grad():
-                found = {}              # GPT-2's name for a tensor -> the open file, and the name in it
-                for path in weight_files(dir):
-                    file = stack.enter_context(safe_open(path, framework="pt"))
-                    found |= {_name_in_gpt2(name): (file, name) for name in file.keys()}
-                found.pop(None, None)
-                head = found.pop("lm_head.weight", None)
-                given = {name: tuple(file.get_slice(its).get_shape()) for name, (file, its) in found.items()}
-                shapes = {name: shape[::-1] if _is_conv1d(name) else shape for name, shape in _file_shapes(config)}
-                wrong = [name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)]
-                if wrong:
-                    raise ValueError(f"{dir}: the weights do not fit config.json: missing, unknown or of another shape: "
-                                     f"{_some(wrong)}")
-                with torch.device("meta"):
-                    model = cls(config)         # takes no memory, and no time to initialise
-                model.to_empty(device="cpu")
-                model.lm_head.weight = model.transformer.wte.weight         # tied again
-                for name, p in model.named_parameters():        # one tensor at a time: never two models in memory
-                    file, its = found[name]
-                    p.copy_(file.get_tensor(its).t() if _is_conv1d(name) else file.get_tensor(its))
-                if head and not torch.equal(head[0].get_tensor(head[1]).float(), model.lm_head.weight):
-                    raise ValueError(f"{dir} has a head of its own; in GPT-2 it is the embedding (tied)")
+            found = {}                  # GPT-2's name for a tensor -> its file, the name in it, and its shape
+            for path in weight_files(dir):
+                with safe_open(path, framework="pt") as file:
+                    found |= {_name_in_gpt2(name): (path, name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}
+            found.pop(None, None)
+            head = found.pop("lm_head.weight", None)
+            shapes = {name: shape[::-1] if _is_conv1d(name) else shape for name, shape in _file_shapes(config)}
+            wrong = [name for name in shapes.keys() | found.keys() if found.get(name, (0, 0, 0))[2] != shapes.get(name)]
+            if wrong:
+                raise ValueError(f"{dir}: the weights do not fit config.json; missing, unknown or of another shape: "
+                                 f"{_some(wrong)}")
+            with torch.device("meta"):
+                model = cls(config)             # takes no memory, and no time to initialise
+            model.to_empty(device="cpu")
+            model.lm_head.weight = model.transformer.wte.weight         # tied again
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    tensor = _read_tensor(*found[name])
+                    p.copy_(tensor.t() if _is_conv1d(name) else tensor)
+            if head and not torch.equal(_read_tensor(*head).float(), model.lm_head.weight):
+                raise ValueError(f"{dir} has a head of its own; in GPT-2 it is the embedding (tied)")
         except SafetensorError as error:
             raise ValueError(f"{dir}: a weight file is not a whole safetensors file ({error}); fetch or write it again"
                              ) from error
@@ -384,6 +383,12 @@ def weight_files(dir):
                 f". {pickled[0]} is a pickle, which can run any code when it is read: convert it with transformers, "
                 "GPT2LMHeadModel.from_pretrained(dir).save_pretrained(new_dir)" if pickled else ""))
     return sorted(Path(dir, name) for name in names)
+
+
+def _read_tensor(path, name, shape):
+    """One tensor of a file, which is closed again: kept open, what has been read of it would stay in memory too."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _name_in_gpt2(name):

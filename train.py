@@ -594,7 +594,8 @@ def continue_text(model, encoding, prompt, max_new_tokens, seed, temperature=0.7
     idx = torch.tensor([[encoding.eot_token, *encoding.encode(prompt, allowed_special="all")]] * rows)      # (rows, T)
     idx = model.generate(idx.to(next(model.parameters()).device), max_new_tokens, temperature, top_k, top_p,
                          stop_token=encoding.eot_token)
-    return [encoding.decode([token for token in row if token != encoding.eot_token]) for row in idx.tolist()]
+    # <|endoftext|> is the last token; what a model has beyond is padding of its vocabulary, and stands for nothing.
+    return [encoding.decode([token for token in row if token < encoding.eot_token]) for row in idx.tolist()]
 
 
 def device_name(device):

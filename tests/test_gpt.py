@@ -1,7 +1,9 @@
 """gpt.py against transformers' GPT-2, and what must hold of any GPT."""
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -228,6 +230,18 @@ def test_weights_in_several_files_are_read(tmp_path, model, idx):
     theirs.save_pretrained(tmp_path / "several", max_shard_size="100KB")
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
     assert torch.equal(GPT.from_pretrained(tmp_path / "several")(idx)[0], model(idx)[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory as Linux does")
+def test_reading_never_holds_the_model_twice(tmp_path):
+    model = make_gpt(n_layer=12, n_embd=512)
+    model.save_pretrained(tmp_path)
+    program = ("import resource, sys, gpt, safetensors.torch\nused = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+               "before = used(); gpt.GPT.from_pretrained(sys.argv[1]); print((used() - before) * 1024)")
+    grown = int(subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True,
+                               cwd=Path(__file__).parents[1]).stdout)
+    size = sum(p.nbytes for p in model.parameters())
+    assert 0.9 * size < grown < 1.5 * size
 
 
 def test_gpt2_is_fetched_by_name_from_the_hub(tmp_path, model, idx, monkeypatch):
