@@ -74,6 +74,7 @@ def measure_memory(step, x, y):
     allocator's; elsewhere activations are the tensors that autograd saves in the forward pass and the peak is that of
     the live tensors. The peak can be less than the sum: activations are freed while gradients are made."""
     step(x, y)
+    x, y = (t[:len(t) // step.settings.accumulate] for t in (x, y))         # one of the parts that a batch is computed in
     weights = [*step.model.parameters(), *step.model.buffers()]
     moments = [t for o in step.optimizers for state in o.state.values() for t in state.values() if torch.is_tensor(t)]
     trained = [p for p in weights if p.requires_grad]
@@ -129,18 +130,21 @@ def measure_time(steps, x, y, rounds=10, warmup=3):
     times = {name: {"forward_ms": [], "backward_ms": [], "optimizer_ms": [], "step_ms": []} for name in steps}
     for round in range(warmup + rounds):
         for name, step in steps.items():
-            t0 = clock(x.device)
-            loss = step.forward(x, y)
-            t1 = clock(x.device)
-            step.backward(loss)
-            t2 = clock(x.device)
+            phases = [0.0, 0.0]
+            for part_x, part_y in zip(x.chunk(step.settings.accumulate), y.chunk(step.settings.accumulate)):
+                t0 = clock(x.device)
+                loss = step.forward(part_x, part_y)
+                t1 = clock(x.device)
+                step.backward(loss)
+                t2 = clock(x.device)
+                phases = [phases[0] + t1 - t0, phases[1] + t2 - t1]
             step.update()
             t3 = clock(x.device)
             del loss            # with it dies the graph of this backward, which a capture on another stream must not meet
             step(x, y)
             t4 = clock(x.device)
             if round >= warmup:
-                for key, seconds in zip(times[name], (t1 - t0, t2 - t1, t3 - t2, t4 - t3)):
+                for key, seconds in zip(times[name], (*phases, t3 - t2, t4 - t3)):
                     times[name][key].append(seconds * 1000)
     return {name: {key: statistics.median(values) for key, values in of.items()} for name, of in times.items()}
 
@@ -160,6 +164,7 @@ def predict(step, x):
     parameters, trained = list(model.parameters()), list(step.trained.values())
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     adapted = [m for m in linears if isinstance(m, LoRALinear)]
+    at_once = tokens // settings.accumulate
     low = 2 if settings.dtype == "bfloat16" else 4          # bytes of a number that a product reads or writes
     stream = parameters[0].element_size()                   # and of one in the residual stream
 
@@ -173,9 +178,9 @@ def predict(step, x):
         head += low * C                                     # what the head reads, or already the gradient of it
     if not settings.loss_chunk:
         head += 4 * c.vocab_size                            # log-probabilities
-    activations = tokens * (c.n_layer * block + head + low * sum(m.r for m in adapted) * (not settings.recompute))
+    activations = at_once * (c.n_layer * block + head + low * sum(m.r for m in adapted) * (not settings.recompute))
     if not (model.transformer.wte.weight.requires_grad or settings.recompute):
-        activations -= tokens * stream * C                  # nothing before the first block needs a gradient
+        activations -= at_once * stream * C                       # nothing before the first block needs a gradient
     if settings.loss_chunk and model.lm_head.weight.requires_grad:
         activations += 4 * c.vocab_size * C                 # the head's gradient, made together with the loss
     if low < stream:                                        # autocast's copies of the weights that autograd multiplies by
@@ -271,8 +276,9 @@ def table(report, style, base_name):
     return aligned(rows)
 
 
-def findings(report):
-    """What the numbers say, in sentences: each claim made for LoRA, and the condition under which it holds."""
+def findings(report, curves):
+    """What the numbers say, in sentences: each claim made for LoRA, and the condition under which it holds; and where a
+    training diverged. curves {method: the points of its training}."""
     full, lora = report["methods"]["full"], report["methods"]["lora"]
     fm, lm = full["memory"], lora["memory"]
     saved = fm["gradients"] + fm["optimizer"] - lm["gradients"] - lm["optimizer"]
@@ -290,7 +296,10 @@ def findings(report):
         f"{full['checkpoint_bytes'] / lora['checkpoint_bytes']:.0f} adapters fit into the space of one full copy.",
         f"Quality: LoRA's best is {abs(gap):.1%} {'above' if gap > 0 else 'below'} full fine-tuning's in bits per byte "
         "(lower is better).",
-    ]
+    ] + [f"Diverged: {name} ended at {curve[-1]['bpb']:.3f} bits per byte, worse than the {curve[0]['bpb']:.3f} where it "
+         "began; the best weights on the way were kept. Its learning rate is too high, or its steps are too many."
+         for name, curve in (("full fine-tuning", curves["full"]), ("LoRA", curves["lora"]))
+         if not curve[-1]["bpb"] <= curve[0]["bpb"]]
 
 
 def plot(report, curves, style, path):

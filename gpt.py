@@ -44,8 +44,8 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ValueError(f"{name} is {value!r}; it must be a positive integer, below 2^31")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} does not divide into {self.n_head} heads; choose a multiple")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
@@ -205,7 +205,10 @@ class GPT(nn.Module):
             fresh = cache is None or idx.size(1) > block_size
             cache = [None] * self.config.n_layer if fresh else cache
             x = self._read(idx[:, -block_size:] if fresh else idx[:, -1:], cache)          # (B, block_size or 1, C)
-            token = sample(self.lm_head(x[:, -1]), temperature, top_k, top_p)              # (B, 1)
+            logits = self.lm_head(x[:, -1])                                                # (B, V)
+            if (fresh or not idx.is_cuda) and not logits.isfinite().all():                 # on a GPU it would wait every time
+                raise ArithmeticError("the model's logits are not finite; its weights are damaged, or its training diverged")
+            token = sample(logits, temperature, top_k, top_p)                              # (B, 1)
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
                 done |= token == stop_token
@@ -254,6 +257,8 @@ class GPT(nn.Module):
                     found |= {_name_in_gpt2(name): (path, name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}
             found.pop(None, None)
             head = found.pop("lm_head.weight", None)
+            if config.n_layer > len(found):         # before as many are made
+                raise ValueError(f"{dir}: config.json has {config.n_layer} layers, and the weights are {len(found)} tensors")
             shapes = {name: shape[::-1] if _is_conv1d(name) else shape for name, shape in _file_shapes(config)}
             wrong = [name for name in shapes.keys() | found.keys() if found.get(name, (0, 0, 0))[2] != shapes.get(name)]
             if wrong:
@@ -267,6 +272,9 @@ class GPT(nn.Module):
                 for name, p in model.named_parameters():
                     tensor = _read_tensor(*found[name])
                     p.copy_(tensor.t() if _is_conv1d(name) else tensor)
+                    if not p.isfinite().all():
+                        raise ValueError(f"{dir}: {name} holds NaN or infinite numbers; the file is damaged, or its training "
+                                         "diverged")
             if head and not torch.equal(_read_tensor(*head).float(), model.lm_head.weight):
                 raise ValueError(f"{dir} has a head of its own; in GPT-2 it is the embedding (tied)")
         except SafetensorError as error:
@@ -372,13 +380,13 @@ def weight_files(dir):
     if index.is_file() and not Path(dir, "model.safetensors").is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is not an index of weight files: {error!r}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index} names {name!r}, which is not a file beside it")
         if not Path(dir, name).is_file():
-            pickled = [path.name for path in Path(dir).glob("*.bin")]
+            pickled = [path.name for path in Path(dir).glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
             raise FileNotFoundError(f"{Path(dir, name)} does not exist; a model directory holds config.json and {name}" + (
                 f". {pickled[0]} is a pickle, which can run any code when it is read: convert it with transformers, "
                 "GPT2LMHeadModel.from_pretrained(dir).save_pretrained(new_dir)" if pickled else ""))
@@ -424,7 +432,7 @@ def _read_config(path, dropout):
             raise ValueError(f"not the GPT-2 that gpt.py implements: {_some(other)}")
         dropout = raw.get("resid_pdrop", 0.0) if dropout is None else dropout
         return GPTConfig(**shape, dropout=dropout, bias=raw.get("bias", True))
-    except (ValueError, TypeError, AttributeError) as error:     # a JSON or UTF-8 error is a ValueError
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:     # a JSON or UTF-8 error is a ValueError
         raise ValueError(f"{path}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{path} has no {error}; a GPT-2 config names it") from error
@@ -445,5 +453,7 @@ def replacing(path):
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except SafetensorError as error:            # save_file's word for a full disk
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         beside.unlink(missing_ok=True)

@@ -447,6 +447,8 @@ def save_lora(model, dir, base_model_name_or_path=None):
         try:
             write(beside)
             os.replace(beside, dir / name)
+        except SafetensorError as error:        # save_file's word for a full disk
+            raise OSError(f"{dir / name} could not be written: {error}") from error
         finally:
             beside.unlink(missing_ok=True)
 
@@ -479,10 +481,11 @@ def _read_adapter(dir):
     config_path, tensor_path = dir / "adapter_config.json", dir / "adapter_model.safetensors"
     for path in (config_path, tensor_path):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; an adapter is adapter_config.json and {tensor_path.name}")
+            raise FileNotFoundError(f"{path} does not exist; an adapter is adapter_config.json and {tensor_path.name}"
+                                    " (a .bin file is a pickle, which can run any code; save it again with a newer PEFT)")
     try:
         config = dict(json.loads(config_path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{config_path} is not a JSON object: {error}") from error
     refused = [f"{key}={value!r}" for key, value in config.items()
                if (value not in ALLOWED[key] if key in ALLOWED else value and key not in KNOWN)]

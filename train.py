@@ -15,28 +15,32 @@ one byte of text that it has never seen. It does not depend on the tokenizer, so
 """
 import argparse
 import contextlib
+import gc
 import hashlib
 import math
+import os
 import platform
 import shutil
 import signal
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import compare
 from data import Batches, read_text, tokenize
 from data.bpe import load_tokenizer, save_tokenizer, train_bpe
-from data.runs import close_run, open_run, read_checkpoint, read_json, write_checkpoint, write_json
+from data.runs import close_run, open_run, read_checkpoint, read_record, write_checkpoint, write_json
 from gpt import GPT, PRESETS, GPTConfig, pretrained_dir, replacing, weight_files
-from lora_minimal import apply_lora, load_lora, merge_lora, remove_lora, save_lora, use_lora
+from lora_minimal import apply_lora, load_lora, lora_parameters, merge_lora, remove_lora, save_lora, use_lora
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -65,15 +69,22 @@ class Settings:
     recompute: bool = flag("keep no activations inside the blocks, compute them again (checkpointing)", default=False)
     compile: bool = flag("torch.compile the model (needs a compiler)", default=False)
     graph: bool = flag("on CUDA, capture the whole step in a graph and replay it", default=True)
+    accumulate: int = flag("parts that a batch is computed in, one after the other, to need less memory", default=1)
+    fsdp: bool = flag("with torchrun and LoRA: share the frozen base out among the processes", default=False)
 
     def __post_init__(self):
-        least = dict(steps=1, batch_size=1, block_size=1, eval_every=1) | dict.fromkeys(
+        least = dict(steps=1, batch_size=1, block_size=1, eval_every=1, accumulate=1) | dict.fromkeys(
             ("lr", "muon_lr", "weight_decay", "dropout", "warmup", "grad_clip", "seed", "loss_chunk"), 0)
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number from {low} up")
         if self.dropout >= 1 or self.warmup >= 1:
             raise ValueError(f"--dropout ({self.dropout}) and --warmup ({self.warmup}) are shares; they must be below 1")
+        if self.fsdp and WORLD == 1:
+            raise ValueError("--fsdp shares the base out among processes; start several with torchrun --nproc-per-node")
+        if self.batch_size % (self.accumulate * WORLD):
+            raise ValueError(f"--batch-size {self.batch_size} cannot be parted among {WORLD} processes, each in --accumulate "
+                             f"{self.accumulate} parts; choose a multiple of {self.accumulate * WORLD}")
         for name in ("dtype", "base_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it must be float32 or bfloat16")
@@ -115,18 +126,63 @@ def settings_for(kind, args):
     settings |= {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
     if kind != "lora":
         settings["base_dtype"] = "float32"      # weights that train lose small updates in bfloat16
-    return Settings(**settings)
+    try:
+        return Settings(**settings)
+    except ValueError as error:
+        raise UsageError(error) from error
+
+
+class UsageError(ValueError):
+    """A flag that cannot be: exit code 2."""
 
 
 def pick_device(name):
-    """None -> the best device here; a name -> that device, or ValueError if it is not here."""
+    """None -> the best device here, of several under torchrun one's own; a name -> that device, or UsageError."""
+    if name is None and WORLD > 1 and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return name
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+# torchrun starts this program several times. Each process computes its part of every batch, the gradients are averaged
+# (DistributedDataParallel), and all take the same step. The first alone prints and writes.
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def from_first(function):
+    """Call function in the first process alone. -> what it returned, or raises what it raised, in all of them."""
+    result = [None]
+    if RANK == 0:
+        try:
+            result = [(function(), None)]
+        except Exception as error:
+            result = [(None, error)]
+    if WORLD > 1:
+        torch.distributed.broadcast_object_list(result)
+    value, error = result[0]
+    if error:
+        raise error
+    return value
+
+
+def shard(model, trained, device):
+    """Share the frozen parameters out among the processes (FSDP): each keeps its part of a block and gathers the rest for
+    the time that it computes with it. What trains, A and B, is small, and every process has it whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")      # k and v; nobody changes them
+    mesh = init_device_mesh(torch.device(device).type, (WORLD,))
+    for p in trained:
+        p.data = p.data.to(device)
+    for part in (*model.transformer.h, model):
+        fully_shard(part, mesh=mesh, ignored_params=set(trained))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -142,11 +198,17 @@ class Step:
         self.device = next(model.parameters()).device
         model.loss_chunk, model.recompute = settings.loss_chunk, settings.recompute
         self.call = torch.compile(model) if settings.compile else model
+        self.parallel = WORLD > 1 and not settings.fsdp
+        if self.parallel:
+            self.call = torch.nn.parallel.DistributedDataParallel(self.call)
+            self.call.register_comm_hook(self, Step.exchange)
+        self.exchanged = 0              # bytes of gradients that the last step sent to be averaged
+        self.skipped, self.skipped_in_a_row = torch.zeros(2, device=self.device).unbind()       # steps, see update()
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         muon = [name for name, p in self.trained.items() if settings.muon_lr and ".h." in name and p.dim() == 2]
         decayed = [p for name, p in self.trained.items() if name not in muon and p.dim() == 2]
         others = [p for p in self.trained.values() if p.dim() < 2]      # biases and layer norms do not decay
-        self.captures = settings.graph and self.device.type == "cuda" and not muon      # torch's Muon cannot be captured
+        self.captures = settings.graph and self.device.type == "cuda" and not muon and WORLD == 1   # nor Muon
         self.graph, self.calls = None, 0
         self.optimizers = [torch.optim.AdamW(
             [dict(params=decayed, weight_decay=settings.weight_decay), dict(params=others, weight_decay=0.0)],
@@ -179,17 +241,42 @@ class Step:
         loss.backward()
 
     def update(self):
-        if self.settings.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.grad_clip)
+        """Change the weights; but where a gradient is not finite, leave them as they are, and count that."""
+        if self.settings.fsdp:
+            self.average_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.grad_clip or math.inf)
+        bad = ~norm.isfinite()
+        self.skipped.add_(bad)
+        self.skipped_in_a_row.add_(1).mul_(bad)
         for optimizer in self.optimizers:
-            optimizer.step()
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.found_inf = bad.float()       # AdamW looks at this on the device, and waits for nothing
+                optimizer.step()
+            elif not bad:
+                optimizer.step()
             optimizer.zero_grad()
 
     def eager(self, x, y):
-        loss = self.forward(x, y)
-        self.backward(loss)
+        parts, loss, self.exchanged = self.settings.accumulate, 0.0, 0
+        for i, (part_x, part_y) in enumerate(zip(x.chunk(parts), y.chunk(parts)), start=1):
+            with self.call.no_sync() if self.parallel and i < parts else contextlib.nullcontext():
+                part = self.forward(part_x, part_y) / parts
+                self.backward(part)
+            loss = loss + part.detach()
         self.update()
-        return loss.detach()
+        return loss
+
+    def exchange(self, bucket):
+        """DistributedDataParallel's own way to average gradients, counted."""
+        self.exchanged += bucket.buffer().nbytes
+        return default_hooks.allreduce_hook(None, bucket)
+
+    def average_gradients(self):
+        flat = torch.cat([p.grad.flatten() for p in self.trained.values()])
+        torch.distributed.all_reduce(flat)
+        self.exchanged = flat.nbytes
+        for p, mean in zip(self.trained.values(), (flat / WORLD).split([p.numel() for p in self.trained.values()])):
+            p.grad.copy_(mean.view_as(p))
 
     def __call__(self, x, y):
         """On CUDA the fourth step is captured, and from there on replayed with new batches copied in: one launch in the
@@ -221,7 +308,7 @@ def evaluate(model, corpus, settings):
     model.eval()
     tokens = torch.from_numpy(corpus.heldout.astype("int64"))
     whole, nats = (len(tokens) - 1) // T * T, 0.0
-    windows = [*zip(tokens[:whole].view(-1, T).split(32), tokens[1:whole + 1].view(-1, T).split(32))]       # (≤32, T)
+    windows = [*zip(tokens[:whole].view(-1, T).split(32), tokens[1:whole + 1].view(-1, T).split(32))] if whole else []  # (≤32, T)
     if whole < len(tokens) - 1:
         windows.append((tokens[None, whole:-1], tokens[None, whole + 1:]))
     for x, y in windows:
@@ -232,23 +319,35 @@ def evaluate(model, corpus, settings):
     return nats / math.log(2) / corpus.heldout_bytes
 
 
-def train(model, corpus, settings, dir, resume=False, watch=None):
+def train(model, corpus, settings, dir, resume=False, watch=None, save_every=0):
     """Train the parameters of model that require a gradient; leave it with the weights that were best on held-out text.
 
-    -> the curve, a list of {"step", "seconds" of training alone, "loss" in nats per token, "bpb"}. `watch(point)` is
-    called at every look at the held-out text. Ctrl-C or SIGTERM writes dir/checkpoint.safetensors and raises
-    KeyboardInterrupt; with `resume` that file is continued."""
+    -> the curve, a list of {"step", "seconds" of training alone, "loss" in nats per token, "bpb", "skipped" steps until
+    then}. `watch(point)` is called at every look at the held-out text. Every save_every steps (0: never), and on Ctrl-C or
+    SIGTERM, which raise KeyboardInterrupt, dir/checkpoint.safetensors is written; with `resume` that file is continued.
+    Raises ArithmeticError when several steps in a row have gradients that are not finite."""
     step, batches = Step(model, settings), Batches(corpus.train, settings.batch_size, settings.block_size, settings.seed)
     start, seconds, curve, best = read_checkpoint(dir, step) if resume else (0, 0.0, [], {})
+    step.skipped += curve[-1]["skipped"] if curve else 0
+    mine = slice(RANK * settings.batch_size // WORLD, (RANK + 1) * settings.batch_size // WORLD)     # this process's rows
     model.train()
-    with _stop_between_steps() as stop, tqdm(total=settings.steps, initial=start, disable=None, leave=False,
+    with _stop_between_steps() as stop, tqdm(total=settings.steps, initial=start, disable=RANK > 0 or None, leave=False,
                                              unit=" steps", dynamic_ncols=True) as bar:
+
+        def save():
+            if RANK == 0:
+                write_checkpoint(dir, step, n, seconds + time.perf_counter() - clock, curve, best)
+
         clock, loss = time.perf_counter(), None
         for n in range(start, settings.steps + 1):
             if (n % settings.eval_every == 0 or n == settings.steps) and not any(point["step"] == n for point in curve):
                 loss = None if loss is None else loss.item()        # waits for the device, so the clock is right
                 seconds += time.perf_counter() - clock
-                curve.append({"step": n, "seconds": seconds, "loss": loss, "bpb": evaluate(model, corpus, settings)})
+                curve.append({"step": n, "seconds": seconds, "loss": loss, "bpb": evaluate(model, corpus, settings),
+                              "skipped": int(step.skipped.item())})
+                if not math.isfinite(curve[0]["bpb"]):
+                    raise ArithmeticError(f"before any training the model gives {corpus.name} {curve[0]['bpb']} bits per byte; "
+                                          "its weights are damaged")
                 if curve[-1] is best_of(curve):
                     best = {name: p.detach().to("cpu", copy=True) for name, p in step.trained.items()}
                 if watch:
@@ -256,12 +355,20 @@ def train(model, corpus, settings, dir, resume=False, watch=None):
                 clock = time.perf_counter()
             if n == settings.steps:
                 break
-            if stop:
-                write_checkpoint(dir, step, n, seconds + time.perf_counter() - clock, curve, best)
+            if any_of(stop, step.device):
+                save()
                 raise KeyboardInterrupt(f"stopped at step {n} of {settings.steps}, which {dir} keeps")
-            torch.manual_seed(settings.seed * 1_000_003 + n)        # dropout, too, depends on seed and step alone
+            if save_every and n % save_every == 0 and n > start:
+                save()
+            if (step.device.type == "cpu" or n % 10 == 0) and step.skipped_in_a_row >= PATIENCE:
+                save()
+                raise ArithmeticError(
+                    f"{step.skipped_in_a_row.item():.0f} steps in a row, the last of them step {n}, had gradients that are not "
+                    f"finite, and were skipped. Likely the learning rate is too high (--lr {settings.lr:.2g}, --muon-lr "
+                    f"{settings.muon_lr:.2g}). The weights from before them are kept in {dir}; start over with --fresh")
+            torch.manual_seed((settings.seed * 1_000_003 + n) * WORLD + RANK)      # dropout, too, depends on seed and step alone
             step.schedule(n)
-            loss = step(*(tokens.to(step.device) for tokens in batches[n]))
+            loss = step(*(tokens[mine].to(step.device) for tokens in batches[n]))
             bar.update()
             if n % 10 == 9 and not bar.disable:
                 rate = settings.batch_size * settings.block_size * (bar.n - start) / bar.format_dict["elapsed"]
@@ -270,11 +377,29 @@ def train(model, corpus, settings, dir, resume=False, watch=None):
         for name, p in step.trained.items():
             p.copy_(best[name])
     model.eval()
+    if curve[-1]["skipped"]:
+        say(f"     {curve[-1]['skipped']} steps had gradients that are not finite, and were skipped")
+    if WORLD > 1:
+        everything = 4 * sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+        say(f"     each of {WORLD} processes sent {compare.size(step.exchanged)} of gradients a step to be averaged; the "
+            f"gradients of the whole model, as in full fine-tuning, are {compare.size(everything)}")
     return curve
 
 
+PATIENCE = 5        # steps in a row that are skipped before training gives up
+
+
 def best_of(curve):
-    return min(curve, key=lambda point: point["bpb"])
+    return min(curve, key=lambda point: point["bpb"] if math.isfinite(point["bpb"]) else math.inf)
+
+
+def any_of(stop, device):
+    """Whether any of the processes was told to stop; all must do so at the same step."""
+    if WORLD == 1:
+        return bool(stop)
+    told = torch.tensor(float(bool(stop)), device=device)
+    torch.distributed.all_reduce(told)
+    return bool(told)
 
 
 @contextlib.contextmanager
@@ -305,8 +430,7 @@ def load_model(base, device, dropout=0.0, dtype="float32"):
     if encoding.n_vocab > model.config.vocab_size:
         raise ValueError(f"{dir}: the tokenizer has {encoding.n_vocab} entries, the model {model.config.vocab_size}; "
                          "they do not belong together")
-    record = Path(dir, "training.json")
-    learnt_from = read_json(record).get("asked", {}).get("data") if record.exists() else None
+    learnt_from = read_record(dir).get("asked", {}).get("data")
     return model.to(device, getattr(torch, dtype)).eval(), encoding, learnt_from
 
 
@@ -323,8 +447,7 @@ def load_voices(model, base, voices):
     """Load the adapters {name: directory}; say so where one was tuned on another base than this."""
     for name, dir in voices.items():
         load_lora(model, dir, name)
-        record = Path(dir, "training.json")
-        tuned_on = read_json(record).get("asked", {}).get("base") if record.exists() else None
+        tuned_on = read_record(dir).get("asked", {}).get("base")
         if tuned_on not in (None, fingerprint(base)):
             say(f"note: {dir} was tuned on another base than {base}")
 
@@ -341,40 +464,49 @@ def keep_apart(dir, *inputs):
             raise ValueError(f"{dir} would be overwritten while it is read; choose another directory for --out")
 
 
+@contextlib.contextmanager
 def begin(dir, asked, args):
-    """-> the curve of a finished run that did what is asked, or None; and whether an interrupted one is to be resumed."""
-    record, resuming = open_run(dir, asked, args.resume, args.fresh)
-    if record:
-        say(f"     {dir} was finished on {record['finished']} and is reused (--fresh starts over)")
-    elif resuming:
-        say(f"     {dir} was interrupted and is resumed (--fresh starts over)")
-    return record and record["curve"], resuming
+    """`with begin(…) as (curve, resume):` claims dir for this run. curve is that of a finished run which did just what is
+    asked, or None; resume, whether an interrupted one is to be continued."""
+    with contextlib.ExitStack() as claim:
+        record, resuming = from_first(lambda: claim.enter_context(open_run(dir, asked, args.resume, args.fresh)))
+        if record:
+            say(f"     {dir} was finished on {record['finished']} and is reused (--fresh starts over)")
+        elif resuming:
+            say(f"     {dir} was interrupted and is resumed (--fresh starts over)")
+        yield record and record["curve"], resuming
 
 
 def pretrain(args, source, dir):
     """Train a tokenizer and a GPT from nothing on a corpus, into dir."""
     settings, preset = settings_for("pretrain", args), args.preset or recipe(args.device)["preset"]
+    if preset not in PRESETS:
+        raise UsageError(f"no preset is called {preset!r}; there are {', '.join(PRESETS)}")
     text = read_text(source, 0.05, Path(args.out, "downloads"))
     clock = time.perf_counter()
-    encoding = train_bpe(text.all_train)
+    encoding = train_bpe(text.all_train[:2**26])        # enough to know its words by
     corpus = tokenize(text, encoding, Path(args.out, "tokens"), settings.block_size)
     say(f"     {len(text.train):,} pieces of text to learn from, {len(text.heldout):,} held out; {encoding.n_vocab:,} tokens "
         f"learnt in {time.perf_counter() - clock:.1f} s, {text.heldout_bytes / len(corpus.heldout):.2f} bytes each")
     config = GPTConfig.preset(preset, vocab_size=encoding.n_vocab, block_size=settings.block_size, dropout=settings.dropout)
     asked = {"data": str(source), "corpus": corpus.digest, "shape": asdict(config), "settings": asdict(settings)}
-    curve, resume = begin(dir, asked, args)
-    if curve:
-        return
-    torch.manual_seed(settings.seed)
-    model = GPT(config).to(args.device)
-    say(f"     {sum(p.numel() for p in model.parameters()):,} parameters, {config.n_layer} layers of width {config.n_embd}; "
-        f"{settings.steps} steps of {settings.batch_size} × {settings.block_size} tokens. What it writes as it learns:")
+    with begin(dir, asked, args) as (curve, resume):
+        if curve:
+            return
+        torch.manual_seed(settings.seed)
+        model = GPT(config).to(args.device)
+        say(f"     {sum(p.numel() for p in model.parameters()):,} parameters, {config.n_layer} layers of width {config.n_embd}; "
+            f"{settings.steps} steps of {settings.batch_size} × {settings.block_size} tokens. What it writes as it learns:")
 
-    def watch(point):
-        words = continue_text(model, encoding, args.prompt, 30, seed=0)[0].replace("\n", " ")
-        say(f"     step {point['step']:>4} {point['seconds']:>6.1f} s  {point['bpb']:.3f} bpb  " + words[:WIDTH - 36])
+        def watch(point):
+            words = continue_text(model, encoding, args.prompt, 30, seed=0)[0].replace("\n", " ")
+            say(f"     step {point['step']:>4} {point['seconds']:>6.1f} s  {point['bpb']:.3f} bpb  " + words[:WIDTH - 36])
 
-    curve = train(model, corpus, settings, dir, resume, watch)
+        curve = train(model, corpus, settings, dir, resume, watch, args.save_every)
+        from_first(lambda: save_model(dir, model, encoding, asked, curve))
+
+
+def save_model(dir, model, encoding, asked, curve):
     save_tokenizer(encoding, dir)
     model.save_pretrained(dir)
     close_run(dir, asked, curve)
@@ -385,13 +517,15 @@ def tune(args, method, source, dir):
 
     A base wider than the one the recipe is for gets a smaller learning rate, in proportion (Yang et al. 2021, "Tensor
     Programs V", §4), unless --lr is given: the recipes' own 1e-2 for 128 and 3e-3 for 384 channels keep to it.
-    -> settings, corpus, curve, and model: read back from dir, so that what is judged is what was saved."""
+    -> settings, corpus, curve, and the arguments of apply_lora."""
     keep_apart(dir, args.base)
     settings = settings_for(method, args)
-    model, encoding, _ = load_model(args.base, args.device, settings.dropout, settings.base_dtype)
+    if settings.fsdp and method == "full":
+        raise UsageError("--fsdp shares a frozen base out; it goes with --method lora")
+    model, encoding, _ = load_model(args.base, "cpu" if settings.fsdp else args.device, settings.dropout, settings.base_dtype)
     if settings.block_size > model.config.block_size:
         if args.block_size:
-            raise ValueError(f"--block-size {args.block_size} exceeds the base model's {model.config.block_size}")
+            raise UsageError(f"--block-size {args.block_size} exceeds the base model's {model.config.block_size}")
         settings = replace(settings, block_size=model.config.block_size)
     if args.lr is None:
         narrow = PRESETS[recipe(args.device)["preset"]]["n_embd"] / model.config.n_embd
@@ -401,30 +535,28 @@ def tune(args, method, source, dir):
     torch.manual_seed(settings.seed)
     lora = {"r": args.r, "alpha": args.alpha, "target_modules": args.target_modules} if method == "lora" else None
     if lora:
-        for name in apply_lora(model, **lora):
+        try:
+            names = apply_lora(model, **lora)
+        except ValueError as error:
+            raise UsageError(error) from error
+        for name in names:
             shape = tuple(model.get_submodule(name).weight.shape)
             if args.r > min(shape):
-                raise ValueError(f"--r {args.r} exceeds the smaller side of {name}, {shape}; choose a smaller rank")
+                raise UsageError(f"--r {args.r} exceeds the smaller side of {name}, {shape}; choose a smaller rank")
     asked = {"data": str(source), "corpus": corpus.digest, "base": fingerprint(args.base), "lora": lora,
              "settings": asdict(settings)}
-    curve, resume = begin(dir, asked, args)
-    if not curve:
-        counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
-        say(f"     {counts[0]:,} of {counts[1]:,} parameters train; {settings.steps} steps of {settings.batch_size} × "
-            f"{settings.block_size} tokens, learning rate {settings.lr:.2g}")
-        curve = train(model, corpus, settings, dir, resume, lambda point: say(
-            f"     step {point['step']:>4} {point['seconds']:>6.1f} s  {point['bpb']:.3f} bpb"))
-        if lora:
-            save_lora(model, dir, base_model_name_or_path=str(args.base))
-        else:
-            save_tokenizer(encoding, dir)
-            model.save_pretrained(dir)
-        close_run(dir, asked, curve)
-    model = None            # its memory, before it is read back
-    model = load_model(args.base if lora else dir, args.device)[0]
-    if lora:
-        load_lora(model, dir)
-    return SimpleNamespace(settings=settings, corpus=corpus, curve=curve, lora=lora, model=model.eval())
+    with begin(dir, asked, args) as (curve, resume):
+        if not curve:
+            counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
+            say(f"     {counts[0]:,} of {counts[1]:,} parameters train; {settings.steps} steps of {settings.batch_size} × "
+                f"{settings.block_size} tokens, learning rate {settings.lr:.2g}")
+            if settings.fsdp:
+                shard(model, lora_parameters(model), args.device)
+            curve = train(model, corpus, settings, dir, resume, lambda point: say(
+                f"     step {point['step']:>4} {point['seconds']:>6.1f} s  {point['bpb']:.3f} bpb"), args.save_every)
+            from_first(lambda: save_model(dir, model, encoding, asked, curve) if not lora else (
+                save_lora(model, dir, base_model_name_or_path=str(args.base)), close_run(dir, asked, curve)))
+    return SimpleNamespace(settings=settings, corpus=corpus, curve=curve, lora=lora)
 
 
 def compare_methods(args, source, out):
@@ -434,7 +566,10 @@ def compare_methods(args, source, out):
     text = base_text(args, learnt_from)         # if it is not there, say so before training
     for method, title in (("full", "Full fine-tuning on"), ("lora", "LoRA on")):
         headline(f"{title} {style}")
-        runs[method] = tune(args, method, source, Path(out, method))
+        runs[method] = run = tune(args, method, source, Path(out, method))
+        run.model = load_model(args.base if run.lora else Path(out, method), args.device)[0]     # what is judged is what
+        if run.lora:                                                                             # was saved
+            load_lora(run.model, Path(out, method))
 
     headline("The comparison (measuring memory and time, the two methods in turn …)")
     for method, run in runs.items():
@@ -459,12 +594,11 @@ def compare_methods(args, source, out):
               "config": {**asdict(base.config), "r": args.r, "alpha": args.alpha, "target_modules": args.target_modules,
                          "settings": {method: asdict(run.settings) for method, run in runs.items()}},
               "base": {"bpb": evaluate(base, base_corpus, settings)}, "methods": measured}
-    write_json(Path(out, "comparison.json"), report)
-    with replacing(Path(out, "comparison.png")) as path:
-        compare.plot(report, {method: run.curve for method, run in runs.items()}, style, path)
+    curves = {method: run.curve for method, run in runs.items()}
+    from_first(lambda: write_report(Path(out), report, curves, style))
     say(compare.table(report, style, Path(text.name).stem) + "\n")
     say(compare.ledgers(report, predicted) + "\n")
-    for sentence in compare.findings(report):
+    for sentence in compare.findings(report, curves):
         say(textwrap.fill(sentence, WIDTH, initial_indent="  · ", subsequent_indent="    "))
 
     headline("One prompt, three models")
@@ -474,6 +608,12 @@ def compare_methods(args, source, out):
                                   for title, model in models.items()}, WIDTH) + "\n")
     say(f"Written: {Path(out, 'comparison.json')} and {Path(out, 'comparison.png')}. Now try:\n"
         f'  python train.py sample --base {args.base} --adapter {Path(out, "lora")} --prompt "Once"')
+
+
+def write_report(out, report, curves, style):
+    write_json(out / "comparison.json", report)
+    with replacing(out / "comparison.png") as path:
+        compare.plot(report, curves, style, path)
 
 
 def pretrain_base(args):
@@ -515,7 +655,7 @@ def run_voices(args):
         bpb[title] = {name: evaluate(model, corpus, settings) for name, corpus in corpora.items()}
     sizes = {"base": sum(path.stat().st_size for path in weight_files(pretrained_dir(args.base))),
              "voices": {voice: sum(Path(args.out, voice, name).stat().st_size for name in ADAPTER_FILES) for voice in sources}}
-    write_json(Path(args.out, "voices.json"), {"bytes": sizes, "bpb": bpb})
+    from_first(lambda: write_json(Path(args.out, "voices.json"), {"bytes": sizes, "bpb": bpb}))
     say(compare.voices(sizes, bpb) + "\n")
     say("One prompt, one batch, a row for each:\n")
     use_lora(model, [None, *sources])
@@ -564,12 +704,10 @@ def run_merge(args):
     model, encoding, learnt_from = load_model(args.base, "cpu")         # in float32, whatever it was in for training
     load_voices(model, args.base, {"voice": args.adapter[0]})
     asked = {"data": learnt_from, "base": fingerprint(args.base), "adapter": args.adapter[0]}
-    begin(args.out, asked, args)
     merge_lora(model)
     remove_lora(model)
-    save_tokenizer(encoding, args.out)
-    model.save_pretrained(args.out)
-    close_run(args.out, asked, [])
+    with begin(args.out, asked, args):
+        save_model(args.out, model, encoding, asked, curve=[])
     say(f"Written: {args.out}, a model like any other. Now try:\n"
         f'  python train.py sample --base {args.out} --prompt "Once"')
 
@@ -580,8 +718,9 @@ WIDTH = max(60, min(shutil.get_terminal_size((110, 40)).columns, 120))
 
 
 def say(text):
-    tqdm.write(text)        # above the progress bar, if there is one
-    sys.stdout.flush()
+    if RANK == 0:
+        tqdm.write(text)        # above the progress bar, if there is one
+        sys.stdout.flush()
 
 
 def headline(text):
@@ -608,9 +747,25 @@ def device_name(device):
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
+
+
+def number(kind, above):
+    """A type for argparse: a finite number of this kind above a limit."""
+    def parse(text):
+        value = kind(text)
+        if not above < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above {above}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def make_parser():
     def group(*flags):
-        parent = argparse.ArgumentParser(add_help=False)
+        parent = Parser(add_help=False)
         for name, options in flags:
             parent.add_argument(name, **options)
         return parent
@@ -624,11 +779,12 @@ def make_parser():
                    ("--debug", dict(action="store_true", help="show the traceback of an error")))
     training = group(("--resume", dict(action="store_true", help="continue the interrupted run in --out")),
                      ("--fresh", dict(action="store_true", help="start over, replacing the run in --out")),
+                     ("--save-every", dict(type=number(int, -1), default=200, help="steps between checkpoints; 0: none")),
                      *((f"--{f.name.replace('_', '-')}", dict(help=f.metadata["help"], **(
                          dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type))))
                        for f in fields(Settings)))
-    lora = group(("--r", dict(type=int, default=8, help="the adapter's rank")),
-                 ("--alpha", dict(type=float, default=16.0, help="the update is scaled by alpha / r")),
+    lora = group(("--r", dict(type=number(int, 0), default=8, help="the adapter's rank")),
+                 ("--alpha", dict(type=number(float, 0), default=16.0, help="the update is scaled by alpha / r")),
                  ("--target-modules", dict(nargs="+", default=["c_attn", "c_proj", "c_fc"], help="the layers to adapt")))
     method = group(("--method", dict(choices=("lora", "full"), default="lora", help="adapters train, or everything")))
     forgetting = group(("--base-data", dict(help="what to measure forgetting on, if not what the base learnt from")))
@@ -643,7 +799,7 @@ def make_parser():
                      ("--top-k", dict(type=int, default=40)), ("--top-p", dict(type=float)),
                      ("--seed", dict(type=int, default=0)))
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      parents=[common, training, shape, lora])
     parser.add_argument("--out", default="out", help="the directory to write into (default: out)")
     parser.set_defaults(run=run_story)
@@ -660,19 +816,33 @@ def make_parser():
 
 
 def main(argv=None):
+    """-> the exit code: 0, 1 for a fault, 2 for flags that cannot be, 130 when stopped."""
     args = make_parser().parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        if WORLD > 1:
+            torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+            if args.device.startswith("cuda"):
+                torch.cuda.set_device(args.device)
         args.run(args)
         return 0
     except KeyboardInterrupt as stop:
         print(f"\n{stop or 'stopped'}; the same command with --resume goes on from there", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if args.debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        known = isinstance(error, (ValueError, OSError, ArithmeticError))
+        what = " ".join(str(error).split()) if known else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if isinstance(error, torch.OutOfMemoryError):
+            what += "; a smaller --batch-size, --accumulate or --recompute needs less memory"
+        if RANK == 0:
+            print(f"error: {what}" + ("" if known else " (--debug shows where)"), file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        if torch.distributed.is_initialized():
+            gc.collect()            # what still hangs on the group must go first, or the interpreter may abort at its end
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,17 +10,21 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.bpe import EOT
 from gpt import replacing
 
 BUILT_IN = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.txt"))}      # tales, pirate, bard, noir
 SPLIT_SEED = 1337           # which stories are held out; not --seed, so that every run keeps the same ones unseen
+DOWNLOAD_MOST = 2**31       # bytes
 HELDOUT_MOST = 2**19        # bytes to hold out at most: enough to measure by, and quick to read again and again
 
 
@@ -52,8 +56,7 @@ def read_text(source, heldout, download_dir):
     elif urlsplit(str(source)).scheme in ("http", "https"):
         path = Path(download_dir, hashlib.sha256(str(source).encode()).hexdigest()[:16] + ".txt")
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(str(source), str(path))
+            _download(str(source), path)
     else:
         path = Path(source)
     if not path.is_file():
@@ -86,6 +89,24 @@ def read_text(source, heldout, download_dir):
                 [p for i, p in enumerate(pieces) if i in aside], digest)
 
 
+def _download(url, path):
+    """Fetch url into path, whole or not at all. Raises OSError, also for what is larger than DOWNLOAD_MOST."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urlopen(url, timeout=60) as response, replacing(path) as beside, open(beside, "wb") as file:
+            size = int(response.headers.get("Content-Length", -1))
+            with tqdm(total=max(size, 0), unit="B", unit_scale=True, desc=f"fetching {url}", disable=None, leave=False) as bar:
+                while chunk := response.read(2**20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                    if file.tell() > DOWNLOAD_MOST:
+                        raise OSError(f"{url} is larger than {DOWNLOAD_MOST:,} bytes; fetch it yourself and give the file")
+            if size not in (-1, file.tell()):
+                raise OSError(f"{url} broke off after {file.tell():,} of {size:,} bytes; try again")
+    except HTTPException as error:
+        raise OSError(f"{url} cannot be fetched: {error!r}") from error
+
+
 def _passages(story):
     """Cut at a paragraph's end, else a line's, else a word's, else anywhere; joined, the passages are the story."""
     return re.findall(r"(?s).{1000,3000}?\n\s*\n|.{1000,4000}?\n|.{1000,4000}?\s|.{1,4000}", story)
@@ -113,13 +134,14 @@ def tokenize(text, encoding, cache_dir, block_size):
     for part in ("train", "heldout"):
         path = Path(cache_dir, f"{digest}-{part}.npy")
         if not path.exists():
-            pieces = getattr(text, part)
-            stream = [encoding.eot_token]
-            for tokens, (_, ends) in zip(encoding.encode_ordinary_batch([piece for piece, _ in pieces]), pieces):
-                stream += tokens + [encoding.eot_token] * ends
+            pieces, stream = getattr(text, part), [np.array([encoding.eot_token], dtype)]
+            for i in tqdm(range(0, len(pieces), 1024), desc=f"encoding {text.name}", disable=None, leave=False):
+                some = pieces[i:i + 1024]
+                for tokens, (_, ends) in zip(encoding.encode_ordinary_batch([piece for piece, _ in some]), some):
+                    stream.append(np.array(tokens + [encoding.eot_token] * ends, dtype))
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as beside, open(beside, "wb") as file:
-                np.save(file, np.array(stream, dtype=dtype))
+                np.save(file, np.concatenate(stream))
         parts[part] = np.load(path, mmap_mode="r")
     if len(parts["train"]) < 4 * block_size:
         raise ValueError(f"{text.name} is too short: {len(parts['train'])} tokens to train on, and blocks of "

@@ -139,5 +139,5 @@ def load_tokenizer(dir):
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("its tokens lack a byte, or their numbers do not run from 0 without a gap")
         return _encoding(ranks)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a tokenizer that can be read here: {error!r}") from error

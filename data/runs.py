@@ -4,25 +4,43 @@ What a training run leaves in its directory, such that nothing is lost.
     training.json             what was asked for, written first; with the curve, written last, the run is finished
     checkpoint.safetensors    if it was interrupted: weights, best weights, optimizer state, where it stood
 """
+import hashlib
 import json
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gpt import replacing
 
 
+@contextmanager
 def open_run(dir, asked, resume, fresh):
-    """Look at dir before a run that `asked` (a dictionary for JSON) describes, and note it there -> (record, resuming).
+    """`with open_run(…) as (record, resuming):` look at dir before a run that `asked` (a dictionary for JSON) describes, note
+    it there, and keep other processes from beginning one in dir until the block ends.
 
     record is that of a finished run that did just this, or None; resuming says that a checkpoint waits. `resume` True
     demands a checkpoint, False refuses one, None takes what is there; `fresh` forgets both. Raises ValueError where dir
-    holds something else, which the run would overwrite, and OSError where it cannot be written."""
+    holds something else, which the run would overwrite, and OSError where it cannot be written, or another run is at it."""
+    Path(dir).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(dir, ".lock"), is_singleton=True)      # the system lets it go when the process dies, however it dies
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"another run is writing into {dir}; wait for it, or choose another --out") from None
+    try:
+        yield _look(dir, asked, resume, fresh)
+    finally:
+        lock.release()
+
+
+def _look(dir, asked, resume, fresh):
     path, checkpoint = Path(dir, "training.json"), Path(dir, "checkpoint.safetensors")
-    record = read_json(path) if path.exists() and not fresh else {}
+    record = {} if fresh else read_record(dir)
     finished, interrupted = "curve" in record, checkpoint.exists() and not fresh
     if (finished or interrupted) and record.get("asked") != asked:
         raise ValueError(f"{dir} holds {'a finished' if finished else 'an interrupted'} run of other settings: "
@@ -37,7 +55,6 @@ def open_run(dir, asked, resume, fresh):
         raise ValueError(f"{dir} holds a model that no training.json accounts for; choose another --out, "
                          "or replace it with --fresh")
     if not interrupted:
-        Path(dir).mkdir(parents=True, exist_ok=True)
         checkpoint.unlink(missing_ok=True)      # first, or a death here would leave it to be taken for one of this run
         write_json(path, {"asked": asked})
     return None, interrupted
@@ -56,9 +73,19 @@ def write_checkpoint(dir, step, n, seconds, curve, best):
     for i, optimizer in enumerate(step.optimizers):
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{j}/{key}": tensor for key, tensor in state.items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     about = {"step": n, "seconds": seconds, "curve": curve}
     with replacing(Path(dir, "checkpoint.safetensors")) as path:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"about": json.dumps(about)})
+        save_file(tensors, path, metadata={"about": json.dumps(about), "sha256": _digest(tensors, about)})
+
+
+def _digest(tensors, about):
+    """A hash of all that a checkpoint holds: a flipped bit is found before training goes on with it."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_checkpoint(dir, step):
@@ -68,19 +95,21 @@ def read_checkpoint(dir, step):
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); start over with --fresh") from error
-    with torch.no_grad():
-        for name, p in step.trained.items():
-            p.copy_(tensors[f"now/{name}"])
-    for i, optimizer in enumerate(step.optimizers):
-        state = {}
-        for name, tensor in tensors.items():
-            if name.startswith(f"optimizer/{i}/"):
-                j, key = name.split("/")[2:]
-                state.setdefault(int(j), {})[key] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    best = {name: tensors[f"best/{name}"] for name in step.trained if about["curve"]}
+            if file.metadata()["sha256"] != _digest(tensors, about):
+                raise ValueError("its content is not what was written")
+        best = {name: tensors[f"best/{name}"] for name in step.trained if about["curve"]}
+        with torch.no_grad():
+            for name, p in step.trained.items():
+                p.copy_(tensors[f"now/{name}"])
+        for i, optimizer in enumerate(step.optimizers):
+            state = {}
+            for name, tensor in tensors.items():
+                if name.startswith(f"optimizer/{i}/"):
+                    j, key = name.split("/")[2:]
+                    state.setdefault(int(j), {})[key] = tensor
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (SafetensorError, TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:     # also a RecursionError
+        raise ValueError(f"{path} is damaged ({error!r}); start over with --fresh") from error
     return about["step"], about["seconds"], about["curve"], best
 
 
@@ -91,11 +120,26 @@ def differences(old, new):
                      for key in {**old, **new} if old.get(key) != new.get(key))
 
 
-def read_json(path):
+def read_record(dir):
+    """The content of dir/training.json, {} without one. Raises ValueError where it is damaged."""
+    path = Path(dir, "training.json")
+    if not path.exists():
+        return {}
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); start over with --fresh") from error
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record["asked"], dict) or "curve" in record and not (_curve(record["curve"]), record["finished"]):
+            raise ValueError("not the record of a run")
+        return record
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); move it away, or start over with --fresh") from error
+
+
+def _curve(points):
+    """Points of a training curve as they are, if that is what they are."""
+    for point in points:
+        if not {"step", "seconds", "loss", "bpb", "skipped"} <= point.keys() or not float(point["bpb"]) + point["step"] >= 0:
+            raise ValueError("not a training curve")
+    return points
 
 
 def write_json(path, value):

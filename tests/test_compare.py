@@ -113,5 +113,16 @@ def test_sizes_are_readable(n, text):
 
 
 def test_columns_stand_side_by_side():
-    text = compare.side_by_side({"a": "one two three", "b": "x"}, 20)
-    assert text.splitlines() == ["a          b", "---------  ---------", "one two    x", "three"]
+    text = compare.side_by_side({"a": "one two three four five six", "b": "x"}, 50)
+    assert text.splitlines() == ["a                         b", "------------------------  ------------------------",
+                                 "one two three four five   x", "six"]
+
+
+def test_columns_too_narrow_to_read_stand_below_one_another():
+    assert compare.side_by_side({"a": "one two", "b": "x"}, 40) == "--- a\none two\n\n--- b\nx"
+
+
+def test_a_training_that_ended_worse_than_it_began_is_said(report):
+    good, bad = ([{"bpb": 2.0}, {"bpb": last}] for last in (1.5, 2.5))
+    assert not any("Diverged" in line for line in compare.findings(report, {"full": good, "lora": good}))
+    assert "LoRA ended at 2.500 bits per byte, worse than the 2.000" in compare.findings(report, {"full": good, "lora": bad})[-1]

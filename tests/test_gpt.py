@@ -240,8 +240,8 @@ def test_reading_never_holds_the_model_twice(tmp_path):
     program = ("import re, sys, gpt, safetensors.torch\n"
                "most = lambda: int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024\n"
                "for dir in sys.argv[1:]: before = most(); gpt.GPT.from_pretrained(dir); grown = most() - before\nprint(grown)")
-    grown = int(subprocess.run([sys.executable, "-c", program, tmp_path / "small", tmp_path / "large"], capture_output=True, text=True, check=True,
-                               cwd=Path(__file__).parents[1]).stdout)
+    argv = [sys.executable, "-c", program, tmp_path / "small", tmp_path / "large"]
+    grown = int(subprocess.run(argv, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout)
     size = sum(p.nbytes for p in model.parameters())
     assert 0.9 * size < grown < 1.5 * size
 

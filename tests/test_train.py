@@ -50,7 +50,7 @@ def test_the_story_leaves_a_base_two_tunings_and_a_comparison(story):
     out, printed = story
     assert {path.name for path in out.iterdir()} == {"base", "full", "lora", "tokens", "comparison.json", "comparison.png"}
     assert {path.name for path in (out / "lora").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "training.json"}
+        ".lock", "adapter_config.json", "adapter_model.safetensors", "training.json"}
     for line in ("Pretraining", "Full fine-tuning on pirate", "LoRA on pirate", "full ÷ LoRA", "after LoRA"):
         assert line in printed
 
@@ -154,10 +154,10 @@ def test_merge_writes_a_plain_model_that_transformers_opens(voices, base, tmp_pa
                                   ["tune", "--data", "noir", "--out", "B", "--fresh"]])
 def test_what_is_read_is_never_overwritten(voices, base, capsys, argv):
     paths = {"A": str(voices[0] / "pirate"), "B": base}
-    before = {path: path.read_bytes() for dir in paths.values() for path in Path(dir).iterdir()}        # and no new ones
+    before = {path: path.read_bytes() for dir in paths.values() for path in Path(dir).rglob("*.*")}        # and no new ones
     code, _, error = run(capsys, *[paths.get(arg, arg) for arg in argv], "--base", base, *(MINI if argv[0] == "tune" else []))
     assert code == 1 and "choose another directory" in error
-    assert before == {path: path.read_bytes() for dir in paths.values() for path in Path(dir).iterdir()}
+    assert before == {path: path.read_bytes() for dir in paths.values() for path in Path(dir).rglob("*.*")}
 
 
 def test_an_adapter_tuned_on_another_base_is_remarked_upon(voices, story, base, capsys):
@@ -203,36 +203,38 @@ def test_a_full_fine_tuning_is_a_base_model_in_its_turn(story, tmp_path, capsys)
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("argv, says", [
-    (["pretrain", "--data", "missing.txt"], "there is no text 'missing.txt'"),
-    (["pretrain", "--data", "tales", "--preset", "huge"], "no preset"),
-    (["pretrain", "--data", "tales", "--device", "quantum"], "--device quantum"),
-    (["pretrain", "--data", "tales", "--steps", "0"], "--steps is 0"),
-    (["pretrain", "--data", "tales", "--lr", "nan"], "--lr is nan"),
-    (["pretrain", "--data", "tales", "--dtype", "int8"], "--dtype"),
-    (["pretrain", "--data", "tales", "--dropout", "1"], "--dropout"),
-    (["pretrain", "--data", "tales", "--resume"], "no interrupted run"),
-    (["tune", "--base", "nowhere", "--data", "pirate"], "nowhere/config.json does not exist"),
-    (["tune", "--base", "BASE", "--data", "pirate", "--r", "0"], "rank"),
-    (["tune", "--base", "BASE", "--data", "pirate", "--r", "129"], "--r 129 exceeds the smaller side"),
-    (["tune", "--base", "BASE", "--data", "pirate", "--base-dtype", "int8"], "--base-dtype"),
-    (["tune", "--base", "BASE", "--data", "pirate", "--alpha", "nan"], "alpha"),
-    (["tune", "--base", "BASE", "--data", "pirate", "--target-modules", "q_proj"], "'q_proj' matches no module"),
-    (["tune", "--base", "BASE", "--data", "pirate", "--block-size", "64"], "--block-size 64 exceeds the base model's 32"),
+@pytest.mark.parametrize("argv, exit_code, says", [
+    (["pretrain", "--data", "missing.txt"], 1, "there is no text 'missing.txt'"),
+    (["pretrain", "--data", "tales", "--preset", "huge"], 2, "no preset"),
+    (["pretrain", "--data", "tales", "--device", "quantum"], 2, "--device quantum"),
+    (["pretrain", "--data", "tales", "--steps", "0"], 2, "--steps is 0"),
+    (["pretrain", "--data", "tales", "--lr", "nan"], 2, "--lr is nan"),
+    (["pretrain", "--data", "tales", "--dtype", "int8"], 2, "--dtype"),
+    (["pretrain", "--data", "tales", "--dropout", "1"], 2, "--dropout"),
+    (["pretrain", "--data", "tales", "--accumulate", "3"], 2, "multiple of 3"),
+    (["pretrain", "--data", "tales", "--fsdp"], 2, "torchrun"),
+    (["pretrain", "--data", "tales", "--resume"], 1, "no interrupted run"),
+    (["tune", "--base", "nowhere", "--data", "pirate"], 1, "nowhere/config.json does not exist"),
+    (["tune", "--base", "BASE", "--data", "pirate", "--r", "129"], 2, "--r 129 exceeds the smaller side"),
+    (["tune", "--base", "BASE", "--data", "pirate", "--base-dtype", "int8"], 2, "--base-dtype"),
+    (["tune", "--base", "BASE", "--data", "pirate", "--target-modules", "q_proj"], 2, "'q_proj' matches no module"),
+    (["tune", "--base", "BASE", "--data", "pirate", "--block-size", "64"], 2, "--block-size 64 exceeds the base model's 32"),
 ])
-def test_bad_input_is_one_line_of_error_and_nothing_is_written(base, tmp_path, capsys, argv, says):
+def test_bad_input_is_one_line_of_error_and_nothing_is_written(base, tmp_path, capsys, argv, exit_code, says):
     quick = [] if "--steps" in argv or "--block-size" in argv else MINI[:-2]
     code, _, error = run(capsys, *(base if arg == "BASE" else arg for arg in argv), "--out", tmp_path / "new",
                          *quick, *([] if "--device" in argv else ["--device", "cpu"]))
-    assert code == 1 and says in error and error.startswith("error: ") and error.count("\n") == 1
+    assert code == exit_code and says in error and error.startswith("error: ") and error.count("\n") == 1
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("training.json"))
 
 
-@pytest.mark.parametrize("argv", [["--steps", "many"], ["dance"], ["tune"], ["tune", "--method", "magic"]])
-def test_bad_usage_exits_with_2(argv, capsys):
+@pytest.mark.parametrize("argv", [["--steps", "many"], ["dance"], ["tune"], ["tune", "--method", "magic"], ["--r", "0"],
+                                  ["--r", "1.5"], ["--alpha", "nan"], ["--alpha", "-1"], ["--seed", "1e3"]])
+def test_bad_usage_is_one_line_of_error_and_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
-    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_a_directory_that_cannot_be_written_fails_before_training(tmp_path, capsys):
@@ -286,14 +288,20 @@ def test_a_run_that_died_without_a_checkpoint_starts_over(tmp_path, capsys, monk
         raise MemoryError
 
     monkeypatch.setattr(Step, "schedule", die)
+    code, _, error = run(capsys, *argv)
+    assert code == 1 and "MemoryError" in error and "--debug" in error
     with pytest.raises(MemoryError):
-        main(list(map(str, argv)))
+        run(capsys, *argv, "--debug")
     monkeypatch.undo()
     assert run(capsys, *argv)[0] == 0 and (tmp_path / "model.safetensors").exists()
 
 
 def test_a_death_while_starting_over_never_leaves_an_old_checkpoint_to_a_new_run(tmp_path, monkeypatch):
-    open_run(tmp_path, {"lr": 1}, resume=False, fresh=False)
+    def begin(asked, resume, fresh):
+        with open_run(tmp_path, asked, resume, fresh):
+            pass
+
+    begin({"lr": 1}, resume=False, fresh=False)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"of the run with lr 1")
 
     def die(*args, **kwargs):
@@ -302,10 +310,10 @@ def test_a_death_while_starting_over_never_leaves_an_old_checkpoint_to_a_new_run
     for part in ("data.runs.write_json", "pathlib.Path.unlink"):
         with monkeypatch.context() as patch, pytest.raises(MemoryError):
             patch.setattr(part, die)
-            open_run(tmp_path, {"lr": 2}, resume=None, fresh=True)
+            begin({"lr": 2}, resume=None, fresh=True)
         if (tmp_path / "checkpoint.safetensors").exists():
             with pytest.raises(ValueError, match="lr 1 -> 2"):
-                open_run(tmp_path, {"lr": 2}, resume=None, fresh=False)
+                begin({"lr": 2}, resume=None, fresh=False)
         (tmp_path / "checkpoint.safetensors").write_bytes(b"of the run with lr 1")
 
 
