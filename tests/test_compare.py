@@ -1,5 +1,6 @@
 """compare.py: what it measures is what was made, and what it predicts is what it measures."""
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_times_are_medians_of_alternating_steps():
 
     class Sleeper:
         def __init__(self, name, seconds):
-            self.name, self.seconds = name, seconds
+            self.name, self.seconds, self.settings = name, seconds, SimpleNamespace(accumulate=1)
 
         def forward(self, x, y):
             order.append(self.name)
@@ -122,7 +123,10 @@ def test_columns_too_narrow_to_read_stand_below_one_another():
     assert compare.side_by_side({"a": "one two", "b": "x"}, 40) == "--- a\none two\n\n--- b\nx"
 
 
-def test_a_training_that_ended_worse_than_it_began_is_said(report):
+def test_a_training_that_ended_worse_than_it_began_is_said():
+    method = {"memory": dict.fromkeys(("weights", "gradients", "optimizer", "activations", "peak"), 1e6),
+              "time": {"step_ms": 1.0}, "checkpoint_bytes": 1e6, "style_bpb_after": 2.0}
     good, bad = ([{"bpb": 2.0}, {"bpb": last}] for last in (1.5, 2.5))
+    report = {"methods": {"full": method, "lora": method}}
     assert not any("Diverged" in line for line in compare.findings(report, {"full": good, "lora": good}))
     assert "LoRA ended at 2.500 bits per byte, worse than the 2.000" in compare.findings(report, {"full": good, "lora": bad})[-1]
