@@ -484,7 +484,7 @@ def pretrain(args, source, dir):
         raise UsageError(f"no preset is called {preset!r}; there are {', '.join(PRESETS)}")
     text = read_text(source, 0.05, Path(args.out, "downloads"))
     clock = time.perf_counter()
-    encoding = train_bpe(text.all_train[:2**26])        # enough to know its words by
+    encoding = train_bpe(text.all_train[:2**24])        # enough to know its words by
     corpus = tokenize(text, encoding, Path(args.out, "tokens"), settings.block_size)
     say(f"     {len(text.train):,} pieces of text to learn from, {len(text.heldout):,} held out; {encoding.n_vocab:,} tokens "
         f"learnt in {time.perf_counter() - clock:.1f} s, {text.heldout_bytes / len(corpus.heldout):.2f} bytes each")

@@ -84,9 +84,11 @@ def read_text(source, heldout, download_dir):
         if aside and size > HELDOUT_MOST:
             break
         aside.add(i)
-    digest = hashlib.sha256(repr((pieces, sorted(aside))).encode()).hexdigest()
+    digest = hashlib.sha256(repr(sorted(aside)).encode())
+    for piece, ends in pieces:
+        digest.update(piece.encode() + (b"\0" if ends else b"\1"))
     return Text(str(source), [p for i, p in enumerate(pieces) if i not in aside],
-                [p for i, p in enumerate(pieces) if i in aside], digest)
+                [p for i, p in enumerate(pieces) if i in aside], digest.hexdigest())
 
 
 def _download(url, path):

@@ -106,7 +106,7 @@ def test_killed_at_any_instant_a_run_goes_on_and_ends_with_the_very_same_weights
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
     result = subprocess.run([sys.executable, "-c", KILLER, str(50 * times), tmp_path, tmp_path / "out", *argv,
                              "--save-every", "1"], capture_output=True, text=True, timeout=110 * times,
-                            cwd=Path(train.__file__).parent)
+                            cwd=Path(train.__file__).parent, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})     # forks, CUDA not
     assert result.returncode == 0, result.stderr
     killed, resumed, finished = map(int, result.stdout.splitlines()[-1].split())
     print(f"{method}: killed {killed} times, {resumed} of them when resumed; finished {finished} times")
