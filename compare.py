@@ -15,15 +15,12 @@ import textwrap
 import time
 import weakref
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lora_minimal import LoRALinear
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt      # noqa: E402  (the backend must be chosen first)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -306,7 +303,8 @@ def plot(report, curves, style, path):
     """Draw memory by kind, time by phase, and held-out loss against training time; curves {method: [record, …]}."""
     names = {"full": "full fine-tuning", "lora": "LoRA"}
     methods = {names[m]: report["methods"][m] for m in names}
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    fig = Figure(figsize=(13, 4), layout="constrained")      # not pyplot's: it would want a screen, or take a notebook's
+    axes = fig.subplots(1, 3)
     for ax, key, kinds, scale, unit in (
             (axes[0], "memory", ("weights", "gradients", "optimizer", "activations"), 1e6, "MB"),
             (axes[1], "time", ("forward_ms", "backward_ms", "optimizer_ms"), 1, "ms per step")):
@@ -326,7 +324,6 @@ def plot(report, curves, style, path):
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=120, format="png")
-    plt.close(fig)
 
 
 def voices(sizes, bpb):

@@ -70,8 +70,8 @@ class LoRALayer(nn.Module):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))     # U(±1/√in), as loralib and PEFT; the paper: Gaussian
         else:
             nn.init.normal_(B)      # the other way round, as loralib and PEFT: a step moves just the tokens it has seen
-        # alpha / r keeps the size of the update about equal when r changes (§4.1); with larger r it shrinks too much,
-        # and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) divides by √r.
+        # alpha / r lets r change without another learning rate (§4.1); rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)
+        # divides by √r, so that the update does not shrink as r grows.
         scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
         self.kept[name] = dict(zip(self.ADAPTER, (A, B, r, alpha, use_rslora, dropout, scaling)))
         self.use(name)
@@ -425,9 +425,12 @@ KNOWN = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora
 def save_lora(model, dir, base_model_name_or_path=None):
     """Write the adapter in use as PEFT writes it: adapter_config.json and adapter_model.safetensors, float32.
 
-    base_model_name_or_path is a note. Raises ValueError when no single adapter is in use."""
+    base_model_name_or_path is a note. Raises ValueError when no single adapter is in use, or a layer is not just LoRA's."""
     layers = _in_use(model)
-    first = next(iter(layers.values()))
+    first, strange = next(iter(layers.values())), {type(layer) for layer in layers.values()} - {*KINDS.values()}
+    if strange:
+        raise ValueError(f"{_some(kind.__name__ for kind in strange)} computes something else than LoRA, and the file cannot "
+                         "say so")
     config = {"peft_type": "LORA", "bias": "none", "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
               "base_model_name_or_path": base_model_name_or_path, "r": first.r, "lora_alpha": first.alpha,
               "lora_dropout": first.dropout, "use_rslora": first.use_rslora, "fan_in_fan_out": True, "inference_mode": True,

@@ -896,3 +896,14 @@ def test_an_adapter_for_other_layers_is_refused(tmp_path):
 def test_the_module_stands_alone():
     source = open(lora_minimal.__file__, encoding="utf-8").read()
     assert "import gpt" not in source and "from gpt" not in source and "from data" not in source
+
+
+def test_an_adapter_of_a_subclass_is_not_saved_as_if_it_were_plain_lora(tmp_path):
+    class Scaled(LoRALinear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(Scaled(nn.Linear(4, 4), r=2, alpha=4))
+    with pytest.raises(ValueError, match="Scaled computes something else"):
+        save_lora(net, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
