@@ -249,8 +249,8 @@ class Step:
         self.skipped.add_(bad)
         self.skipped_in_a_row.add_(1).mul_(bad)
         for optimizer in self.optimizers:
-            if isinstance(optimizer, torch.optim.AdamW):
-                optimizer.found_inf = bad.float()       # AdamW looks at this on the device, and waits for nothing
+            if optimizer.defaults.get("fused"):
+                optimizer.found_inf = bad.float()       # a fused AdamW looks at this on the device, and waits for nothing
                 optimizer.step()
             elif not bad:
                 optimizer.step()
