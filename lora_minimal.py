@@ -1,523 +1,767 @@
 """
-LoRA in one file (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685).
+LoRA in one file (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models").
 
-Fine-tuning changes a weight W by some ΔW of the same size. LoRA freezes W and learns ΔW as a product of two thin
-matrices (§4.1):
+Fine-tuning changes a weight W by some ΔW of the same size. LoRA freezes W, and learns
+ΔW as the product of two thin matrices (§4.1):
 
-    h = W x + (alpha / r) · B A x        W (out, in) frozen;   A (r, in), B (out, r) trained;   r « in, out
+    y = W x + b + scaling B A x        W (out, in) is frozen, scaling = alpha / r
+                                       A (r, in) and B (out, r) are trained
 
-B A starts at zero, so training begins exactly at the base model. Trained are r · (in + out) numbers instead of
-in · out: for GPT-2's c_fc, 768 -> 3072, with r = 8, it is 30,720 instead of 2,359,296. Only they need gradients,
-optimizer state, and a place on disk; and once trained, B A can be added into W, so that using it costs nothing (§4.1,
-"No Additional Inference Latency").
+The rank r is much smaller than in and out, so A and B have few numbers: 30,720
+instead of 2,359,296 for a layer 768 -> 3072 with r = 8. Only they need gradients,
+optimizer state and a place on disk. B starts at zero, so training starts exactly at
+the base model. After training, scaling B A can be added to W: the tuned model is then
+as fast as the base.
 
-    apply_lora(model, r=8, alpha=16, target_modules=("c_attn", "c_proj", "c_fc"))      # any nn.Module with nn.Linear
-    optimizer = torch.optim.AdamW(lora_parameters(model), lr=3e-3)                     # then train as ever
-    save_lora(model, "out/pirate")                                                     # a small file; PEFT reads it
-    merge_lora(model); unmerge_lora(model); remove_lora(model)
-    with disable_lora(model): ...                                                      # the base model
+    apply_lora(model, r=8, alpha=16, target_modules=("c_attn", "c_proj", "c_fc"))
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=3e-3)    # then train
+    merge_lora(model)                                     # W becomes W + scaling B A
 
-Many adapters can share one base, each under a name, and be switched, mixed in one batch, and added up:
-
-    load_lora(model, "out/pirate", name="pirate"); load_lora(model, "out/bard", name="bard")
-    use_lora(model, "pirate"); use_lora(model, None); use_lora(model, ["pirate", None, "bard"])     # the last: row by row
-    combine_lora(model, {"pirate": 0.5, "bard": 0.5}, name="both"); delete_lora(model, "bard"); list_lora(model)
-
-Shapes in the comments: (…, in) and (…, out) stand for inputs and outputs with any leading dimensions.
+Read it from the top. The layer, LoRA on a model, and merging are the method. What
+follows makes it safe and fast: what can be adapted; other kinds of layers; and the
+same product with a backward pass written by hand, without which LoRA on all layers is
+often no faster than full fine-tuning.
 """
-import copy
-import json
 import math
-import os
-import re
+import sys
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 
-class LoRALayer(nn.Module):
-    """A layer with adapters beside its weight W. Of the one in use, A (r, in), B (out, r), scaling, … are attributes.
+class LoRALinear(nn.Linear):
+    """nn.Linear with a low-rank update beside its frozen weight.
 
-    It takes over the weight and bias of the layer it replaces, the very Parameters: nothing is copied, and the base's
-    names in the state dict stay. A and B are float32 whatever the base is stored in, since small updates to a bf16
-    number round away. A state dict holds W, A and B, merged or not: were it W + B A, loading it would add B A twice."""
+    x (..., in_features) -> W x + b + scaling * B A x, (..., out_features)
+    """
 
-    ADAPTER = ("lora_A", "lora_B", "r", "alpha", "use_rslora", "dropout", "scaling")
+    def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
+        super().__init__(base.in_features, base.out_features, device="meta")  # no memory
+        self.weight, self.bias = base.weight, base.bias     # shared with base, not copied
+        new = dict(dtype=torch.float32, device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **new))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **new))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))       # U(±1/√in), as in PEFT
+        init_settings(self, r, alpha, dropout, use_rslora)
 
-    def __init__(self, base, r, alpha, dropout=0.0, use_rslora=False, name="default"):
-        nn.Module.__init__(self)            # not nn.Linear's: it would allocate a weight of its own
-        vars(self).update({key: value for key, value in vars(base).items() if not key.startswith("_")})    # in_features, …
-        self._parameters.update(base._parameters, lora_A=None, lora_B=None)
-        vars(self)["plain"] = copy.copy(base)       # for remove_lora; set past nn.Module, which would register it
-        self.plain._parameters = {}
-        self.fast = True                    # by LoRAProduct; False: by the definition, for comparison
-        self.register_buffer("unmerged_weight", None, persistent=False)     # W while W + scaling · B A takes its place
-        self.register_buffer("rows", None, persistent=False)                # (B, r): the ranks that a row uses, in a mix
-        self.name, self.kept = None, {}
-        self.add(name, r, alpha, dropout, use_rslora)
+    def definition(self, x):
+        """The equation as it is written. Autograd finds the gradients."""
+        y = F.linear(x, self.W, self.bias)                      # (..., out)
+        dropped = F.dropout(x, self.dropout, self.training)
+        h = F.linear(dropped.to(self.lora_A.dtype), self.lora_A)        # (..., r)
+        if self.rank_mask is not None:          # the rows of x use different adapters
+            h = mask_ranks(h, self.rank_mask)
+        update = self.scaling * F.linear(h, self.lora_B)        # (..., out)
+        return y + update.to(y.dtype)
 
-    def add(self, name, r, alpha, dropout=0.0, use_rslora=False):
-        """Make an adapter with B A = 0 and put it in use."""
-        fan_out, fan_in = self.weight.shape if isinstance(self, nn.Linear) else self.weight.t().shape
-        A, B = (nn.Parameter(torch.zeros(size, device=self.weight.device)) for size in ((r, fan_in), (fan_out, r)))
-        if isinstance(self, nn.Linear):
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))     # U(±1/√in), as loralib and PEFT; the paper: Gaussian
-        else:
-            nn.init.normal_(B)      # the other way round, as loralib and PEFT: a step moves just the tokens it has seen
-        # alpha / r lets r change without another learning rate (§4.1); rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)
-        # divides by √r, so that the update does not shrink as r grows.
-        scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
-        self.kept[name] = dict(zip(self.ADAPTER, (A, B, r, alpha, use_rslora, dropout, scaling)))
-        self.use(name)
+    def product(self, x):
+        """The result of definition(x), with the backward pass of LoRAProduct: faster."""
+        A, B = self.lora_A, self.lora_B
+        return LoRAProduct.apply(x, self.W, self.bias, A, B, self.scaling)
 
-    @property
-    def adapters(self):
-        """{name: {"lora_A": …, "scaling": …, …}}, the one in use with what its attributes have become."""
-        if self.name in self.kept:
-            self.kept[self.name] = {key: getattr(self, key) for key in self.ADAPTER}
-        return self.kept
-
-    def use(self, name):
-        """Put an adapter in use. None, or a name that this layer has not, is none; a tuple is a name for each row of a
-        batch. A merged layer is unmerged."""
-        self.unmerge()
-        self.rows, adapter = None, self.adapters.get(name, dict.fromkeys(self.ADAPTER))
-        if isinstance(name, tuple) and any(one in self.kept for one in name):
-            A, B, owners = self.concatenate(dict.fromkeys(name, 1.0))
-            self.rows = torch.tensor([[float(owner == one) for owner in owners] for one in name], device=self.weight.device)
-            adapter |= dict(lora_A=nn.Parameter(A, False), lora_B=nn.Parameter(B, False), r=len(A), dropout=0.0, scaling=1.0)
-        self.name = name
-        for key, value in adapter.items():
-            if isinstance(value, nn.Parameter):     # the layer may have moved while the adapter was not in use
-                value.data = value.data.to(self.weight.device)
-            setattr(self, key, value)
-
-    @torch.no_grad()
-    def concatenate(self, weights):
-        """Σ w s B A over {name: w} as one product, [w₁ s₁ B₁ | w₂ s₂ B₂ | …] [A₁; A₂; …]: exact, and its rank the sum of
-        theirs. -> A (Σ r, in), B (out, Σ r), and the name that each rank comes from."""
-        own, device = {name: self.adapters[name] for name in weights if name in self.kept}, self.weight.device
-        return (torch.cat([a["lora_A"].to(device) for a in own.values()]),
-                torch.cat([weights[name] * a["scaling"] * a["lora_B"].to(device) for name, a in own.items()], dim=1),
-                [name for name, a in own.items() for _ in range(a["r"])])
-
-    def delta(self, h):
-        """scaling · B h for h = A x (…, r); in a mix the ranks that belong to other rows' adapters are set to zero first."""
-        if self.rows is not None:
-            if h.dim() < 2 or h.size(0) not in (1, len(self.rows)):
-                raise ValueError(f"a batch of shape {tuple(h.shape[:-1])} met use_lora(model, …) for {len(self.rows)} rows")
-            h = h * self.rows.view(len(self.rows), *[1] * (h.dim() - 2), -1)
-        return self.scaling * F.linear(h, self.lora_B)
-
-    @torch.no_grad()
-    def merge(self):
-        """Put W + scaling · B A in the place of W, added in float32 at least. W is kept aside. Twice is once."""
-        if self.rows is not None:
-            raise ValueError("rows with different adapters cannot be merged into one weight; use_lora(model, name) first")
-        if not self.merged and self.lora_A is not None:
-            BA = self.lora_B.float() @ self.lora_A.float()
-            self.unmerged_weight = self.weight.data
-            self.weight.data = torch.add(self.weight.data, BA if isinstance(self, nn.Linear) else BA.t(), alpha=self.scaling
-                                         ).to(self.weight.dtype)
-
-    def unmerge(self):
-        """Put W back: the very tensor, so to the last bit."""
-        if self.merged:
-            self.weight.data, self.unmerged_weight = self.unmerged_weight, None
+    def forward(self, x):
+        """x (..., in_features) -> (..., out_features)."""
+        if self.lora_A is None:                 # LoRA is switched off: see disable_lora
+            return F.linear(x, self.W, self.bias)
+        if is_merged(self):                     # W contains scaling * B A already
+            y = F.linear(x, self.W, self.bias)
+            return without_gradients_of_lora(y, self)
+        if product_applies(self, x):            # the usual case
+            return self.product(x)
+        return self.definition(x)
 
     @property
-    def merged(self):
-        return self.unmerged_weight is not None
+    def W(self):
+        """The weight as (out, in). LoRAConv1D stores its transpose."""
+        return self.weight
+
+    def delta_weight(self):
+        """scaling * B A in the shape of the weight."""
+        return scaled_BA(self)
+
+    def without_lora(self):
+        """A plain nn.Linear that shares the weight and the bias."""
+        layer = nn.Linear(self.in_features, self.out_features, device="meta")
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}"
+
+    # state_dict() always holds W, also if the layer is merged. If it held W + scaling
+    # * B A, loading it would add B A a second time.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        if is_merged(self):
             destination[prefix + "weight"] = self.unmerged_weight
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}" + (", merged" if self.merged else "")
+        unmerge(self)
+        nn.Module._load_from_state_dict(self, *args, **kwargs)
 
 
-class LoRALinear(LoRALayer, nn.Linear):
-    """nn.Linear with adapters: x (…, in) -> W x + b + scaling · B A x, (…, out)."""
+def init_settings(layer, r, alpha, dropout, use_rslora):
+    """Set what a LoRA layer has besides W, A and B.
 
-    def forward(self, x):
-        if self.merged or self.lora_A is None:
-            return F.linear(x, self.weight, self.bias)
-        frozen = not any(p.requires_grad for p in (self.weight, self.bias) if p is not None)
-        if self.fast and frozen and self.rows is None and not (self.training and self.dropout):
-            return LoRAProduct.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
-        y = F.linear(x, self.weight, self.bias)                                                     # (…, out): the definition
-        return y + self.delta(F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)).to(y.dtype)
+    Dividing alpha by r reduces the need to retune the learning rate when r changes
+    (§4.1). For large r it makes the update too small; rsLoRA divides by √r instead
+    (Kalajdzievski 2023, arXiv 2312.03732).
+    """
+    layer.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
+    layer.r, layer.alpha = r, alpha
+    layer.dropout, layer.use_rslora = dropout, use_rslora
+    layer.fast = True                       # use product() where it applies
+    # Buffers move with the model. Neither of these is part of the state dict.
+    layer.register_buffer("rank_mask", None, persistent=False)          # see mask_ranks
+    layer.register_buffer("unmerged_weight", None, persistent=False)    # see merge
 
 
-class LoRAEmbedding(LoRALayer, nn.Embedding):
-    """nn.Embedding with adapters: idx (…) int64 -> W[idx] + scaling · B A[:, idx], (…, out). "in" is the vocabulary."""
+# ---- LoRA on a model ---------------------------------------------------------------
+
+def apply_lora(model, r=8, alpha=16, target_modules=("c_attn", "c_proj", "c_fc"),
+               dropout=0.0, use_rslora=False, layers=None):
+    """Freeze the model, and add a trainable update to each layer that a target matches.
+
+    A target matches whole names at the end of a dotted path, as in PEFT: "c_proj"
+    matches both h.0.attn.c_proj and h.0.mlp.c_proj, "attn.c_proj" only the first.
+    "all-linear" matches every linear layer but the output head. A second call on
+    other layers adds to the first, so the rank may differ between layers.
+
+    layers  more kinds of layers, {class: its LoRA class}, beside those of known_classes()
+
+    Returns the paths of the adapted layers. Raises ValueError, and leaves the model
+    as it was, if a setting is out of range, a target matches nothing, or a layer
+    cannot be adapted (see check_can_adapt).
+    """
+    lora_classes = known_classes(layers)
+    paths = find_targets(model, target_modules, lora_classes)
+    settings = {"r": r, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
+    adapt_layers(model, dict.fromkeys(paths, settings), lora_classes)
+    return paths
+
+
+def adapt_layers(model, settings, lora_classes):
+    """Adapt each path of settings {path: {"r", "alpha", "dropout", "use_rslora"}}.
+
+    Everything is checked before anything is changed.
+    """
+    for path, arguments in settings.items():
+        check_settings(**arguments)
+        check_can_adapt(model, path, lora_classes)
+    model.requires_grad_(False)
+    for path, arguments in settings.items():
+        base = model.get_submodule(path)
+        replace_layer(model, path, lora_classes[type(base)](base, **arguments))
+    for layer in find_lora_layers(model).values():
+        for name, p in layer.named_parameters(recurse=False):
+            p.requires_grad_(name not in ("weight", "bias"))
+
+
+def replace_layer(model, path, new_layer):
+    """Put new_layer in the place of the layer at `path`, with its mode, hooks and buffers."""
+    old = model.get_submodule(path)
+    new_layer.training = old.training
+    for name, value in vars(old).items():
+        if "hook" in name:                  # share the dicts of hooks, so that the handles
+            vars(new_layer)[name] = value   # that the caller has can still remove them
+    for name, buffer in old.named_buffers(recurse=False):
+        if name not in ("rank_mask", "unmerged_weight"):
+            persistent = name not in old._non_persistent_buffers_set
+            new_layer.register_buffer(name, buffer, persistent)
+    model.set_submodule(path, new_layer)
+
+
+def is_lora(module):
+    """Whether a module is a LoRA layer."""
+    return isinstance(module, (LoRALinear, LoRAEmbedding))
+
+
+def find_lora_layers(model):
+    """{path: layer} of the adapted layers, which may be empty."""
+    return {path: module for path, module in model.named_modules() if is_lora(module)}
+
+
+def lora_layers(model):
+    """{path: layer} of the adapted layers. Raises ValueError if there are none."""
+    layers = find_lora_layers(model)
+    if not layers:
+        raise ValueError("this model has no LoRA layers; call apply_lora or load_lora first")
+    return layers
+
+
+def active_layers(model):
+    """{path: layer} of the adapted layers that use their adapter now.
+
+    Raises ValueError if there are none, or if different rows of a batch use different
+    adapters.
+    """
+    layers = lora_layers(model)
+    layers = {path: layer for path, layer in layers.items() if layer.lora_A is not None}
+    if not layers:
+        raise ValueError(
+            "LoRA is switched off; leave disable_lora, or select an adapter with "
+            "lab.adapters.Adapters.use(name)"
+        )
+    if any(layer.rank_mask is not None for layer in layers.values()):
+        raise ValueError(
+            "the rows of a batch use different adapters; select a single one with "
+            "lab.adapters.Adapters.use(name)"
+        )
+    return layers
+
+
+def lora_parameters(model):
+    """The parameters to give to the optimizer: every A (r, in) and B (out, r)."""
+    parameters = []
+    for layer in active_layers(model).values():
+        parameters += [layer.lora_A, layer.lora_B]
+    return parameters
+
+
+def lora_state_dict(model):
+    """{"<path>.lora_A": (r, in), "<path>.lora_B": (out, r)}: share memory with the model."""
+    state = {}
+    for path, layer in active_layers(model).items():
+        state[f"{path}.lora_A"] = layer.lora_A.detach()
+        state[f"{path}.lora_B"] = layer.lora_B.detach()
+    return state
+
+
+@torch.no_grad()
+def load_lora_state_dict(model, state):
+    """Copy the tensors of a lora_state_dict into the model. A merged model is unmerged.
+
+    Raises ValueError, and changes nothing, if a tensor is missing, unknown, of
+    another shape, or not finite.
+    """
+    current = lora_state_dict(model)
+    check_state(state, {name: tuple(tensor.shape) for name, tensor in current.items()})
+    unmerge_lora(model)
+    for name, tensor in state.items():
+        current[name].copy_(tensor)
+
+
+def check_state(state, shapes):
+    """Raises ValueError if `state` is not finite, or not of the names and shapes given."""
+    missing = sorted(shapes.keys() - state.keys())
+    unknown = sorted(state.keys() - shapes.keys())
+    for problem, names in (("it lacks", missing), ("unknown", unknown)):
+        if names:
+            raise ValueError(
+                f"the adapter does not fit this model: {problem} "
+                f"{', '.join(names[:4])} ({len(names)} in all); was it made with the "
+                "same target_modules?"
+            )
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, the model needs "
+                f"{shapes[name]}; was it trained on another base?"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} contains NaN or infinity; is the file damaged, or did "
+                "training diverge?"
+            )
+
+
+def save_lora(model, dir, base_model_name_or_path=None):
+    """Write the adapter into `dir` as PEFT does: adapter_config.json and weights.
+
+    base_model_name_or_path is stored as a note. Raises ValueError, and writes
+    nothing, if the format cannot express what the model computes. Needs lab/ and
+    safetensors.
+    """
+    from lab import peft_files
+    peft_files.save_lora(model, dir, base_model_name_or_path)
+
+
+def load_lora(model, dir):
+    """Read an adapter directory written by save_lora or by PEFT.
+
+    If the model has LoRA with the same layers and settings, its A and B are
+    overwritten. Returns the paths of the adapted layers. Raises FileNotFoundError, or
+    ValueError if a file is damaged, is for another model, or asks for what is not
+    supported here (DoRA, trained biases, ...); the model is then unchanged.
+    """
+    from lab import peft_files
+    return peft_files.load_lora(model, dir)
+
+
+@contextmanager
+def disable_lora(model):
+    """Inside the block the model is the base model, bit for bit, even if it is merged."""
+    before = []
+    for layer in lora_layers(model).values():
+        before.append((layer, layer.lora_A, layer.lora_B, is_merged(layer)))
+        unmerge(layer)
+        layer.lora_A = layer.lora_B = None
+    try:
+        yield model
+    finally:
+        for layer, A, B, was_merged in before:
+            layer.lora_A, layer.lora_B = A, B
+            if was_merged:
+                merge(layer)
+
+
+# ---- merging -----------------------------------------------------------------------
+
+def merge_lora(model):
+    """Add the update to the weights: the model then runs at the speed of the base.
+
+    The original weights are kept until unmerge_lora or remove_lora. The sum is
+    rounded to the dtype of the weight: a bfloat16 weight loses updates smaller than
+    half the distance between two of its numbers. A second call changes nothing.
+    Raises ValueError if the model has no LoRA, or it is switched off.
+    """
+    for layer in active_layers(model).values():
+        merge(layer)
+
+
+def unmerge_lora(model):
+    """Undo merge_lora: the base weights are bit-identical to what they were before it.
+
+    Raises ValueError if the model has no LoRA.
+    """
+    for layer in lora_layers(model).values():
+        unmerge(layer)
+
+
+def remove_lora(model):
+    """Put plain layers back: the base model or, after merge_lora, the merged one.
+
+    All parameters stay frozen; model.requires_grad_(True) makes them trainable again.
+    Raises ValueError if the model has no LoRA.
+    """
+    for path, layer in lora_layers(model).items():
+        replace_layer(model, path, layer.without_lora())
+
+
+def scaled_BA(layer):
+    """scaling * B A (out, in), in float32, or float64 if A is."""
+    dtype = torch.promote_types(layer.lora_A.dtype, torch.float32)
+    return layer.scaling * (layer.lora_B.to(dtype) @ layer.lora_A.to(dtype))
+
+
+def is_merged(layer):
+    """Whether the weight of a layer contains scaling * B A."""
+    return layer.unmerged_weight is not None
+
+
+@torch.no_grad()
+def merge(layer):
+    """merge_lora for one layer."""
+    if layer.lora_A is None or is_merged(layer):
+        return
+    layer.unmerged_weight = layer.weight.data
+    layer.weight.data = (layer.weight + layer.delta_weight()).to(layer.weight.dtype)
+    note_change(layer)
+
+
+def unmerge(layer):
+    """unmerge_lora for one layer: put the original tensor back."""
+    if is_merged(layer):
+        layer.weight.data = layer.unmerged_weight
+        layer.unmerged_weight = None
+        note_change(layer)
+
+
+def note_change(layer):
+    """Make a backward pass that has saved the weight fail, rather than use the new one."""
+    torch.autograd.graph.increment_version(layer.weight)
+
+
+def without_gradients_of_lora(y, layer):
+    """The output y of a merged layer. If A and B train, calling backward is an error."""
+    trains = torch.is_grad_enabled() and layer.lora_A.requires_grad
+    if trains and not torch.compiler.is_compiling():    # no tracer accepts such a backward
+        return RefuseBackward.apply(y, layer.lora_A)
+    return y
+
+
+class RefuseBackward(torch.autograd.Function):
+    """The identity. Its backward raises, because a merged layer has no gradient for A, B."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y, A):
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("A and B are merged and get no gradient; call unmerge_lora(model)")
+
+
+# ---- what can be adapted -----------------------------------------------------------
+
+def known_classes(layers=None):
+    """{class of a layer: its LoRA class}, with those of `layers` added."""
+    known = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding}
+    if conv1d_class() is not None:
+        known[conv1d_class()] = LoRAConv1D
+    return known | (layers or {})
+
+
+def check_settings(r, alpha, dropout, use_rslora):
+    """Raises ValueError if a setting is not of its type, or out of range."""
+    if type(r) is not int or r < 1:
+        raise ValueError(f"r is {r!r}; the rank must be a positive integer")
+    if not is_number(alpha) or not 0 < alpha <= sys.float_info.max:
+        raise ValueError(f"alpha is {alpha!r}; expected a positive, finite number")
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}; expected a number in [0, 1)")
+    if type(use_rslora) is not bool:
+        raise ValueError(f"use_rslora is {use_rslora!r}; expected True or False")
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def find_targets(model, target_modules, lora_classes):
+    """The paths that the targets match. Raises ValueError if one matches nothing."""
+    if isinstance(target_modules, str) and target_modules != "all-linear":
+        target_modules = [target_modules]
+    found = {}
+    if target_modules == "all-linear":
+        found = dict.fromkeys(all_linear(model, lora_classes))
+    else:
+        for target in target_modules:
+            matches = [path for path, _ in model.named_modules() if ends_with(path, target)]
+            if not matches:
+                raise ValueError(
+                    f"target {target!r} matches no module; "
+                    f"{adaptable(model, lora_classes)}"
+                )
+            found |= dict.fromkeys(matches)
+    if not found:
+        raise ValueError(
+            f"target_modules {target_modules!r} is empty or matches nothing; "
+            f"{adaptable(model, lora_classes)}"
+        )
+    return list(found)
+
+
+def ends_with(path, target):
+    """Whether the dotted names of target are the last ones of path."""
+    return target != "" and f".{path}".endswith(f".{target}")
+
+
+def all_linear(model, lora_classes):
+    """The paths of all linear layers, without the head and those that share their weight."""
+    head = None
+    if hasattr(model, "get_output_embeddings"):         # of transformers' models
+        head = model.get_output_embeddings()
+    uses = weight_uses(model)
+    paths = []
+    for path, module in model.named_modules():
+        known = type(module) in lora_classes or is_lora(module)
+        is_linear = known and not isinstance(module, nn.Embedding)
+        if is_linear and module is not head and uses[id(module.weight)] == 1:
+            paths.append(path)
+    return paths
+
+
+def adaptable(model, lora_classes):
+    """The names of the layers that can be adapted, for an error message."""
+    names = set()
+    for path, module in model.named_modules():
+        if type(module) in lora_classes:
+            names.add(path.rpartition(".")[2])
+    return "layers that can be adapted: " + (", ".join(sorted(names)) or "none")
+
+
+def check_can_adapt(model, path, lora_classes):
+    """Raises ValueError if LoRA on a module would be lost, or change other modules."""
+    reason = reason_against_lora(model, path, lora_classes)
+    if reason is not None:
+        raise ValueError(f"{path} cannot be adapted: {reason}")
+
+
+def reason_against_lora(model, path, lora_classes):
+    """Why a module cannot be adapted, or None. LoRA acts only if the module is called."""
+    module = model.get_submodule(path)
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if is_lora(module):
+        return "it has LoRA already; call remove_lora(model) first"
+    if type(module) not in lora_classes:
+        kind = type(module).__name__
+        names = adaptable(model, lora_classes)
+        return f"it is a {kind}, not an nn.Linear or nn.Embedding; {names}"
+    if "forward" in vars(module):
+        return "it has a forward of its own (an offloading hook?), which bypasses LoRA"
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    if fast_path and isinstance(parent, nn.TransformerEncoderLayer):
+        return (
+            "nn.TransformerEncoderLayer reads its weight without calling it; call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    return reason_against_weight(model, module)
+
+
+def reason_against_weight(model, module):
+    """Why the weight of a module cannot have an update beside it, or None."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed (weight_norm, pruning, ...), not a parameter"
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"its weight is {weight.dtype}; convert it to a float type first"
+    if weight_uses(model)[id(weight)] > 1:
+        return (
+            "it shares its weight with another module, and merging would change both; "
+            "choose other targets, or untie the weights"
+        )
+    if getattr(module, "max_norm", None) is not None:
+        return "it is an embedding with max_norm, which rescales its weight in use"
+    return None
+
+
+def weight_uses(model):
+    """How many modules hold each parameter: {id(parameter): count}."""
+    uses = Counter()
+    for _, module in model.named_modules(remove_duplicate=False):
+        uses.update(id(p) for p in module.parameters(recurse=False))
+    return uses
+
+
+# ---- other kinds of layers ---------------------------------------------------------
+
+class LoRAEmbedding(nn.Embedding):
+    """nn.Embedding with a low-rank update. Here "in" is the vocabulary.
+
+    idx (...) int64 -> W[idx] + scaling * (B A).T[idx], (..., embedding_dim)
+
+    As in PEFT, dropout is stored but has no effect, and A, not B, starts at zero: the
+    first step then changes only the tokens that occurred.
+    """
+
+    def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
+        super().__init__(**embedding_options(base), device="meta")
+        self.weight = base.weight
+        new = dict(dtype=torch.float32, device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.zeros(r, self.num_embeddings, **new))
+        self.lora_B = nn.Parameter(torch.empty(self.embedding_dim, r, **new))
+        nn.init.normal_(self.lora_B)
+        init_settings(self, r, alpha, dropout, use_rslora)
 
     def forward(self, idx):
-        y = nn.Embedding.forward(self, idx)                                                         # (…, out)
-        return y if self.merged or self.lora_A is None else y + self.delta(F.embedding(idx, self.lora_A.t())).to(y.dtype)
+        """idx (...) int64 -> (..., embedding_dim)."""
+        y = super().forward(idx)                                # (..., out)
+        if self.lora_A is None:
+            return y
+        if is_merged(self):
+            return without_gradients_of_lora(y, self)
+        h = F.embedding(
+            idx, self.lora_A.t(), self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+        )                                                       # (..., r)
+        if self.rank_mask is not None:
+            h = mask_ranks(h, self.rank_mask)
+        update = self.scaling * F.linear(h, self.lora_B)        # (..., out)
+        return y + update.to(y.dtype)
+
+    def delta_weight(self):
+        """scaling * B A in the shape of the weight (vocabulary, embedding_dim)."""
+        return scaled_BA(self).t()
+
+    def without_lora(self):
+        """A plain nn.Embedding that shares the weight."""
+        layer = nn.Embedding(**embedding_options(self), device="meta")
+        layer.weight = self.weight
+        return layer
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}"
+
+    _save_to_state_dict = LoRALinear._save_to_state_dict
+    _load_from_state_dict = LoRALinear._load_from_state_dict
 
 
-KINDS = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding}        # just these: a subclass may compute something else
+def embedding_options(layer):
+    """The arguments that make an embedding like this one."""
+    names = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "sparse")
+    return {name: getattr(layer, name) for name in names}
+
+
+class LoRAConv1D(LoRALinear):
+    """LoRALinear for the Conv1D of transformers' GPT-2, whose weight is (in, out)."""
+
+    def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
+        in_features, out_features = base.weight.shape
+        linear = nn.Linear(in_features, out_features, device="meta")
+        linear.weight, linear.bias = base.weight, base.bias
+        super().__init__(linear, r, alpha, dropout, use_rslora)
+
+    @property
+    def W(self):
+        """The weight as (out, in)."""
+        return self.weight.t()
+
+    def delta_weight(self):
+        """scaling * B A in the shape of the weight (in, out)."""
+        return scaled_BA(self).t()
+
+    def without_lora(self):
+        """A plain Conv1D that shares the weight and the bias."""
+        with torch.device("meta"):
+            layer = conv1d_class()(self.out_features, self.in_features)
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
+
+def conv1d_class():
+    """transformers' Conv1D, or None if nobody has imported transformers."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return None if module is None else module.Conv1D
+
+
+def mask_ranks(h, rank_mask):
+    """Zero, in each row of h (B, ..., r), the ranks of adapters that the row does not use.
+
+    The rows of a batch may use different adapters, whose A and B are stacked
+    (lab/adapters.py). rank_mask (B, r) is 1 for the ranks of the row's own adapter,
+    else 0.
+    """
+    rows = len(rank_mask)
+    if h.dim() < 2 or len(h) not in (1, rows):
+        raise ValueError(
+            f"the batch has shape {tuple(h.shape[:-1])}, but adapters were chosen "
+            f"for {rows} rows; pass that many, or call adapters.use(...) again"
+        )
+    while rank_mask.dim() < h.dim():
+        rank_mask = rank_mask.unsqueeze(1)              # (B, 1, r)
+    return h * rank_mask
+
+
+# ---- the same product with a backward pass by hand ---------------------------------
+
+def product_applies(layer, x):
+    """Whether LoRAProduct can be used for x.
+
+    It supports no dropout, trainable W or b, masks, mixed dtypes without autocast,
+    empty or meta tensors, torch.func transforms, or export. definition() supports all
+    of them.
+    """
+    if not layer.fast or layer.rank_mask is not None or x.numel() == 0 or x.is_meta:
+        return False
+    if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+        return False
+    if layer.training and layer.dropout > 0:
+        return False
+    if x.dtype != layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    # torch.compile takes LoRAProduct as it is; torch.export, without it, looks inside.
+    return torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting()
 
 
 class LoRAProduct(torch.autograd.Function):
-    """h = W x + b + s · B A x, differentiated by hand, because the order of the products decides what LoRA costs.
+    """y = W x + b + s B A x. The order of the matrix products decides what LoRA costs.
 
-    x is (N, in), g = ∂loss/∂h is (N, out), N tokens. With u = x Aᵀ (N, r) and v = s · g B (N, r) the chain rule gives
+    For N tokens, x is (N, in), y (N, out), and g = ∂loss/∂y (N, out). In matrix form,
 
-        ∂A = vᵀ x        ∂B = s · gᵀ u        ∂x = g W + v A        and no ∂W, a third of a full fine-tuning step.
+        u = x Aᵀ (N, r)            y = x Wᵀ + b + s u Bᵀ
+        v = s g B (N, r)           ∂x = g W + v A      ∂A = vᵀ x      ∂B = s gᵀ u
 
-    Autograd finds the same, in the order that the forward pass was written in. That order is dear. On two CPU cores, for
-    128 -> 512, N = 2,048, r = 8, where x Wᵀ, g W and ∂W take 1,465, 1,191 and 1,421 µs (bench/products.py):
+    and there is no ∂W = gᵀ x, which is a third of the products of full fine-tuning.
 
-        gᵀ u takes 974 µs; its transpose uᵀ g, which reads g as it lies in memory, 201
-        g B takes 407; with Bᵀ laid out anew first, 179
-        adding u Bᵀ to the output and v A to ∂x takes 177; folding W + s · B A before the products, 19 each time
+    Autograd finds the same gradients from definition(), but in the order in which the
+    forward pass is written, which is slow:
 
-    Folding rounds the sum to the dtype of the products, as full fine-tuning under autocast rounds its weights. With W
-    stored in float32 that is fair. With W stored in bfloat16 it is not: W lies on bfloat16's grid already, and an update
-    smaller than half a step of the grid would vanish; there the thin products are added to the results. (In a block 768
-    wide, on an H200, that is 105 µs beside the 345 of x Wᵀ and g W.)
+        as autograd does it     µs       as it is done here                          µs
+        gᵀ u                   974       (uᵀ g)ᵀ: reads g row by row, as stored     201
+        g B                    407       g B, with Bᵀ stored contiguously           179
+        y += s u Bᵀ            177       x (W + s B A)ᵀ: add s B A to W before       19
+        ∂x += v A              177       g (W + s B A)                               19
 
-    Kept for backward are x and what is rank-sized."""
+    (128 -> 512, N = 2048, r = 8, on two CPU cores, where x Wᵀ, g W and gᵀ x take
+    1465, 1191 and 1421 µs: bench/products.py.)
+
+    Adding s B A to W ("folding") rounds the sum to the dtype of the products. That
+    loses precision only if W is stored in bfloat16: an update smaller than half the
+    distance between two bfloat16 numbers would vanish. For such W the low-rank terms
+    are added to the results instead (768 wide on an H200: 105 µs, beside 345 µs for x
+    Wᵀ and g W).
+
+    Saved for backward: x, W, and tensors with a side of length r.
+    """
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, s):
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
+        dtype = W.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            x2, A_, b_ = x.reshape(-1, x.size(-1)).to(dtype), A.to(dtype), None if b is None else b.to(dtype)   # x2 (N, in)
-            sBt = torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))      # (r, out), in that order in memory
-            u = x2 @ A_.t()                                                             # (N, r)
-            ctx.fold = W.element_size() >= 4 and len(x2) > W.size(1)                    # for few tokens folding costs more
-            y = F.linear(x2, _fold(W, A_, sBt), b_) if ctx.fold else F.linear(x2, W.to(dtype), b_).addmm_(u, sBt)
-        ctx.save_for_backward(x2, u, W, A_, sBt)
-        ctx.s, ctx.shape, ctx.dtypes = s, x.shape, (x.dtype, A.dtype, B.dtype)
+            rows = x.reshape(-1, x.size(-1)).to(dtype)              # (N, in)
+            A_low = A.to(dtype)                                     # (r, in)
+            b_low = None if b is None else b.to(dtype)              # (out,)
+            sBt = scaled_transpose(B, s, dtype)                     # (r, out)
+            u = rows @ A_low.t()                                    # (N, r)
+            exact = W.element_size() >= 4
+            pays = len(rows) > W.size(1)                            # N > in
+            ctx.fold = exact and pays
+            if ctx.fold:
+                y = F.linear(rows, folded(W, A_low, sBt), b_low)    # (N, out)
+            else:
+                y = F.linear(rows, W.to(dtype), b_low)              # (N, out)
+                y.addmm_(u, sBt)
+        ctx.save_for_backward(rows, u, W, A_low, sBt)
+        ctx.s = s
+        ctx.x_shape = x.shape
+        ctx.x_dtype, ctx.A_dtype, ctx.B_dtype = x.dtype, A.dtype, B.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled():
-            raise RuntimeError("LoRAProduct has no second derivative; with layer.fast = False LoRALinear has one")
-        x, u, W, A_, sBt = ctx.saved_tensors
-        g, dx = g.reshape(-1, g.size(-1)), None                                         # (N, out)
-        v = g @ sBt.t()                                                                 # (N, r)
-        dA = v.t() @ x                                                                  # (r, in)
-        dB = torch.addmm(g.new_empty(1), u.t(), g, beta=0, alpha=ctx.s).t()             # (out, r): s (uᵀ g)ᵀ
+            raise RuntimeError(
+                "LoRAProduct has no second derivative; LoRALinear with layer.fast = "
+                "False has"
+            )
+        rows, u, W, A_low, sBt = ctx.saved_tensors
+        g = g.reshape(-1, g.size(-1))                               # (N, out)
+        v = g @ sBt.t()                                             # (N, r)
+        dA = v.t() @ rows                                           # (r, in)
+        dB = scaled_product(u.t(), g, ctx.s).t()                    # (out, r)
+        dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ _fold(W, A_, sBt) if ctx.fold else (g @ W.to(x.dtype)).addmm_(v, A_)       # (N, in)
-            dx = dx.view(ctx.shape).to(ctx.dtypes[0])
-        return dx, None, None, dA.to(ctx.dtypes[1]), dB.to(ctx.dtypes[2]), None
+            if ctx.fold:
+                dx = g @ folded(W, A_low, sBt)                      # (N, in)
+            else:
+                dx = g @ W.to(rows.dtype)                           # (N, in)
+                dx.addmm_(v, A_low)
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        return dx, None, None, dA.to(ctx.A_dtype), dB.to(ctx.B_dtype), None
 
 
-def _fold(W, A, sBt):
-    """W + s · B A in the dtype of A, (out, in): summed in W's precision, then rounded once."""
+def scaled_transpose(B, s, dtype):
+    """(s * B.t()).to(dtype).contiguous(), (r, out), in one kernel."""
+    return torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))
+
+
+def scaled_product(P, Q, s):
+    """s * (P @ Q) in one kernel: with beta=0, addmm ignores its first argument."""
+    return torch.addmm(P.new_empty(1), P, Q, beta=0, alpha=s)
+
+
+def folded(W, A, sBt):
+    """W + s B A (out, in) in the dtype of A.
+
+    B A is computed in the dtype of A, the sum in that of W.
+    """
     if W.dtype == A.dtype:
         return torch.addmm(W, sBt.t(), A)
-    return torch.add(W, sBt.t() @ A, out=torch.empty_like(W, dtype=A.dtype))
-
-
-# ---- on a whole model ------------------------------------------------------------------------------------------------
-
-def lora_layers(model):
-    """{path: LoRALayer} of a model's adapted layers. Raises ValueError when there are none."""
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
-    if not layers:
-        raise ValueError("this model has no LoRA layers; call apply_lora(model) or load_lora(model, dir) first")
-    return layers
-
-
-def apply_lora(model, r=8, alpha=16, target_modules=("c_attn", "c_proj", "c_fc"), dropout=0.0, use_rslora=False, name="default"):
-    """Freeze every parameter of model, and give a new adapter to every nn.Linear and nn.Embedding that a target names.
-
-    A target matches whole components at the end of a dotted path, as in PEFT: "c_proj" matches h.0.attn.c_proj and
-    h.0.mlp.c_proj, "attn.c_proj" the first of them. -> the paths of the adapted layers.
-
-    Raises ValueError, and leaves the model as it was, for r not a positive integer, alpha or dropout out of range, a
-    target that matches nothing or a layer of another kind, a layer that has an adapter of this name, and a weight that
-    another module uses too (a tied head: merging into one would change both)."""
-    targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    layers = {}
-    for target in targets:
-        found = [path for path, _ in model.named_modules() if target and f".{path}".endswith(f".{target}")]
-        if not found:
-            raise ValueError(f"target {target!r} matches no module; {_can_adapt(model)}")
-        layers |= dict.fromkeys(found, dict(r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora))
-    if not layers:
-        raise ValueError(f"target_modules is empty; {_can_adapt(model)}")
-    _adapt(model, layers, name)
-    return list(layers)
-
-
-def _adapt(model, layers, name):
-    """Give an adapter to the modules of layers, {path: dict(r, alpha, dropout, use_rslora)}, and put it in use."""
-    uses = Counter(id(p) for _, module in model.named_modules(remove_duplicate=False) for p in module.parameters(recurse=False))
-    for path, settings in layers.items():
-        module, r, alpha, dropout = model.get_submodule(path), settings["r"], settings["alpha"], settings["dropout"]
-        if type(r) is not int or r < 1:
-            raise ValueError(f"r is {r!r}; the rank must be a positive integer")
-        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-            raise ValueError(f"alpha is {alpha!r}; it must be a positive number (the update is scaled by alpha / r)")
-        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout!r}; it must be a number from 0 up to, not including, 1")
-        if isinstance(module, LoRALayer) and name in module.adapters:
-            raise ValueError(f"{path} has LoRA already, under the name {name!r}; delete_lora(model, {name!r}) first")
-        if type(module) not in (*KINDS, *KINDS.values()):
-            raise ValueError(f"{path} is a {type(module).__name__}, not an nn.Linear or nn.Embedding; {_can_adapt(model)}")
-        if uses[id(module.weight)] > 1:
-            raise ValueError(f"{path} shares its weight with another module (tied): merging into one would change both")
-    for layer in model.modules():
-        if isinstance(layer, LoRALayer):
-            layer.use(None)                 # so that its adapters are not frozen with the rest
-    model.requires_grad_(False)
-    for path, settings in layers.items():
-        module = model.get_submodule(path)
-        if isinstance(module, LoRALayer):
-            module.add(name, **settings)
-        else:
-            model.set_submodule(path, KINDS[type(module)](module, **settings, name=name))
-
-
-def _can_adapt(model):
-    names = {path.rpartition(".")[2] for path, m in model.named_modules() if type(m) in (*KINDS, *KINDS.values())}
-    return "the layers that can be adapted are called " + ", ".join(sorted(names))
-
-
-def list_lora(model):
-    """The names of a model's adapters."""
-    return sorted({name for layer in lora_layers(model).values() for name in layer.adapters})
-
-
-def use_lora(model, which):
-    """Switch to an adapter by name, or to the base model with None. Or give a list of these, one for each row: then the
-    rows of every batch go through different adapters over the one base, use_lora(model, ["pirate", None, "bard"]) for idx
-    (3, T). The mix is of A and B as they are now; train one at a time. Raises ValueError for a name that is not there."""
-    one, layers = which is None or isinstance(which, str), lora_layers(model).values()
-    if not (one or which) or {*([which] if one else which)} - {None}.union(*(layer.kept for layer in layers)):
-        raise ValueError(f"{which!r} asks for adapters that the model has not; it has {_some(list_lora(model))}")
-    for layer in layers:
-        layer.use(which if one else tuple(which))
-
-
-def delete_lora(model, name):
-    """Forget an adapter; after it the base model is in use. Raises ValueError where there is none of this name."""
-    use_lora(model, name)
-    use_lora(model, None)
-    for layer in lora_layers(model).values():
-        layer.adapters.pop(name, None)
-
-
-def combine_lora(model, weights, name):
-    """Make Σ w · B A over {adapter: w} an adapter of its own, exactly, and put it in use. Its rank is the sum of theirs."""
-    layers = lora_layers(model)
-    if not weights or weights.keys() - {*list_lora(model)} or not all(map(math.isfinite, weights.values())):
-        raise ValueError(f"{weights!r} is no weighted sum of the model's adapters, {_some(list_lora(model))}")
-    parts = {path: layer.concatenate(weights)[:2] for path, layer in layers.items() if weights.keys() & layer.adapters.keys()}
-    _adapt(model, {path: dict(r=len(A), alpha=len(A), dropout=0.0, use_rslora=False) for path, (A, _) in parts.items()}, name)
-    for path, (A, B) in parts.items():
-        layers[path].lora_A.data, layers[path].lora_B.data = A, B
-
-
-def _in_use(model):
-    """{path: layer} where an adapter is in use. Raises ValueError where none is, or different ones for different rows."""
-    layers = {path: layer for path, layer in lora_layers(model).items() if layer.lora_A is not None}
-    if not layers or any(layer.rows is not None for layer in layers.values()):
-        raise ValueError(f"use_lora(model, name) first: no adapter is in use, or several are, of {_some(list_lora(model))}")
-    return layers
-
-
-def lora_parameters(model):
-    """The parameters to give to the optimizer: every A and B of the adapter in use."""
-    return [p for layer in _in_use(model).values() for p in (layer.lora_A, layer.lora_B)]
-
-
-def lora_state_dict(model):
-    """{"….lora_A": (r, in), "….lora_B": (out, r)}: the adapter in use, as tensors that share the model's memory."""
-    return {f"{path}.{part}": getattr(layer, part).detach()
-            for path, layer in _in_use(model).items() for part in ("lora_A", "lora_B")}
-
-
-@torch.no_grad()
-def load_lora_state_dict(model, state):
-    """Copy an adapter into the one in use, of the same names and shapes. A merged layer is unmerged.
-
-    Raises ValueError for missing, unknown, wrongly shaped or non-finite tensors; the model is then unchanged."""
-    mine = lora_state_dict(model)
-    _check_fit(state, {name: tuple(tensor.shape) for name, tensor in mine.items()})
-    unmerge_lora(model)
-    for name, tensor in state.items():
-        mine[name].copy_(tensor)
-
-
-def _check_fit(state, shapes):
-    if state.keys() != shapes.keys():
-        raise ValueError(f"the adapter does not fit the model: it lacks {_some(shapes.keys() - state.keys())}; "
-                         f"the model does not know {_some(state.keys() - shapes.keys())}")
-    for name, tensor in state.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, the model needs {shapes[name]}: another base?")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite numbers; the adapter is damaged or its training diverged")
-
-
-def merge_lora(model):
-    """Fold the adapter in use into the weights: from here on the model runs at the base's speed. Twice is once.
-
-    Until unmerge_lora the original weights are kept too; remove_lora after merge_lora keeps only the merged ones. The sum
-    is rounded to the weights' dtype: a base stored in bfloat16 loses updates below half a step of its grid."""
-    for layer in lora_layers(model).values():
-        layer.merge()
-
-
-def unmerge_lora(model):
-    """Undo merge_lora: the base weights are back to the last bit, and the adapter works beside them again."""
-    for layer in lora_layers(model).values():
-        layer.unmerge()
-
-
-def remove_lora(model):
-    """Put back plain layers, with no adapters: the base model, or, after merge_lora, the merged one.
-
-    Parameters stay frozen, as apply_lora left them; model.requires_grad_(True) makes them trainable again."""
-    for path, layer in lora_layers(model).items():
-        layer.plain._parameters = {name: p for name, p in layer._parameters.items() if name not in layer.ADAPTER}
-        model.set_submodule(path, layer.plain.train(layer.training))
-
-
-@contextmanager
-def disable_lora(model):
-    """Inside the block the model is the base model, bit for bit; merged layers are unmerged meanwhile."""
-    before = [(layer, layer.name, layer.merged) for layer in lora_layers(model).values()]
-    use_lora(model, None)
-    try:
-        yield model
-    finally:
-        for layer, name, merged in before:
-            layer.use(name)
-            if merged:
-                layer.merge()
-
-
-# ---- files: PEFT's format --------------------------------------------------------------------------------------------
-# adapter_config.json, and adapter_model.safetensors with our paths between PREFIX and one of SUFFIXES.
-
-PREFIX, SUFFIXES = "base_model.model.", {"lora_A": (".lora_A.weight", ".lora_embedding_A"),        # of an nn.Linear,
-                                         "lora_B": (".lora_B.weight", ".lora_embedding_B")}        # of an nn.Embedding
-ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
-KNOWN = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout",      # read; the layers are
-         "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",      # those of the tensors; and the
-         "task_type", "fan_in_fan_out", "base_model_name_or_path", "inference_mode", "revision", "peft_version",     # rest
-         "auto_mapping", "megatron_core", "qalora_group_size"}      # says nothing of what is computed
-
-
-def save_lora(model, dir, base_model_name_or_path=None):
-    """Write the adapter in use as PEFT writes it: adapter_config.json and adapter_model.safetensors, float32.
-
-    base_model_name_or_path is a note. Raises ValueError when no single adapter is in use, or a layer is not just LoRA's."""
-    layers = _in_use(model)
-    first, strange = next(iter(layers.values())), {type(layer) for layer in layers.values()} - {*KINDS.values()}
-    if strange:
-        raise ValueError(f"{_some(kind.__name__ for kind in strange)} computes something else than LoRA, and the file cannot "
-                         "say so")
-    config = {"peft_type": "LORA", "bias": "none", "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
-              "base_model_name_or_path": base_model_name_or_path, "r": first.r, "lora_alpha": first.alpha,
-              "lora_dropout": first.dropout, "use_rslora": first.use_rslora, "fan_in_fan_out": True, "inference_mode": True,
-              "target_modules": sorted(layers)}
-    if any((layer.r, layer.alpha) != (first.r, first.alpha) for layer in layers.values()):
-        paths = sorted(layers, key=len, reverse=True)       # the first that ends a path counts: "2.0" must precede "0"
-        config |= {"rank_pattern": {path: layers[path].r for path in paths},
-                   "alpha_pattern": {path: layers[path].alpha for path in paths}}
-    tensors = {PREFIX + path + SUFFIXES[part][isinstance(layer, nn.Embedding)]: getattr(layer, part).detach().float().contiguous()
-               for path, layer in layers.items() for part in SUFFIXES}
-    dir = Path(dir)
-    dir.mkdir(parents=True, exist_ok=True)
-    files = {"adapter_model.safetensors": lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-             "adapter_config.json": lambda path: path.write_text(json.dumps(config, indent=2) + "\n")}
-    for name, write in files.items():       # written beside its name and moved onto it: never half a file
-        beside = dir / f".{name}.{os.getpid()}.tmp"
-        try:
-            write(beside)
-            os.replace(beside, dir / name)
-        except SafetensorError as error:        # save_file's word for a full disk
-            raise OSError(f"{dir / name} could not be written: {error}") from error
-        finally:
-            beside.unlink(missing_ok=True)
-
-
-def load_lora(model, dir, name="default"):
-    """Read an adapter directory into a model, beside the adapters it has, and put it in use; into one of this name, if it
-    is alike. -> the paths of the adapted layers. Raises FileNotFoundError, or ValueError for a damaged file, an adapter for
-    another model, or what is not supported here (DoRA, trained biases, …); the model is then unchanged."""
-    layers, state = _read_adapter(Path(dir))
-    modules, shapes, old = dict(model.named_modules()), {}, {}
-    for path, settings in layers.items():
-        module = modules.get(path)
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
-            raise ValueError(f"{dir} adapts {path}, which the model has not as a linear layer or embedding: another base?")
-        fan_out, fan_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.t().shape
-        shapes |= {f"{path}.lora_A": (settings["r"], fan_in), f"{path}.lora_B": (fan_out, settings["r"])}
-    _check_fit(state, shapes)
-    old = {path: {key: module.adapters[name][key] for key in ("r", "alpha", "use_rslora", "dropout")}
-           for path, module in modules.items() if isinstance(module, LoRALayer) and name in module.adapters}
-    if old and old != layers:
-        raise ValueError(f"{dir} differs from the model's adapter {name!r} in layers, r, alpha, rsLoRA or dropout; "
-                         "delete_lora(model, name) first, or load it under another name")
-    use_lora(model, name) if old else _adapt(model, layers, name)
-    load_lora_state_dict(model, state)
-    return list(layers)
-
-
-def _read_adapter(dir):
-    """-> {path: dict(r, alpha, …)}, {our name: tensor}. What would change the function and is not here is refused by name."""
-    config_path, tensor_path = dir / "adapter_config.json", dir / "adapter_model.safetensors"
-    for path in (config_path, tensor_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; an adapter is adapter_config.json and {tensor_path.name}"
-                                    " (a .bin file is a pickle, which can run any code; save it again with a newer PEFT)")
-    try:
-        config = dict(json.loads(config_path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{config_path} is not a JSON object: {error}") from error
-    refused = [f"{key}={value!r}" for key, value in config.items()
-               if (value not in ALLOWED[key] if key in ALLOWED else value and key not in KNOWN)]
-    if refused or not {"peft_type", "r", "lora_alpha"} <= config.keys():
-        raise ValueError(f"{config_path} asks for what is not supported here: {_some(refused)}" if refused else
-                         f"{config_path} lacks {_some({'peft_type', 'r', 'lora_alpha'} - config.keys())}")
-    try:
-        tensors = load_file(tensor_path)
-    except SafetensorError as error:
-        raise ValueError(f"{tensor_path} is not a whole safetensors file ({error}); fetch or write it again") from error
-    ours = {name: f"{name.removeprefix(PREFIX).removesuffix(suffix)}.{part}" for name in tensors
-            for part, suffixes in SUFFIXES.items() for suffix in suffixes if name.startswith(PREFIX) and name.endswith(suffix)}
-    paths = sorted({name.rpartition(".")[0] for name in ours.values()})
-    missing = {f"{path}.{part}" for path in paths for part in SUFFIXES} - {*ours.values()}
-    if missing or tensors.keys() != ours.keys() or not len(ours) == 2 * len(paths) > 0:
-        raise ValueError(f"{tensor_path} is not a plain LoRA, an A and a B for each of some layers: unexpected "
-                         f"{_some(tensors.keys() - ours.keys())}; missing {_some(missing)}")
-    state = {ours[name]: tensor for name, tensor in tensors.items()}
-
-    def value(path, pattern, default):      # of the first regular expression that matches the end of the path, as in PEFT
-        return next((v for end, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({end})$", path)), config[default])
-    try:
-        return {path: dict(r=value(path, "rank_pattern", "r"), alpha=value(path, "alpha_pattern", "lora_alpha"),
-                           use_rslora=config.get("use_rslora", False), dropout=config.get("lora_dropout", 0.0))
-                for path in paths}, state
-    except (re.error, AttributeError) as error:
-        raise ValueError(f"{config_path}: rank_pattern or alpha_pattern cannot be read: {error}") from error
-
-
-def _some(names, most=4):
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"
+    BA = sBt.t() @ A
+    return torch.add(W, BA, out=torch.empty_like(W, dtype=A.dtype))

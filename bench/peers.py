@@ -1,20 +1,27 @@
 """
-This LoRA beside full fine-tuning, a LoRA written the obvious way, PEFT and loralib: the same GPT, the same batch, the
-same training step (train.py's Step: forward, backward, clipping, AdamW). One run, one table.
+This LoRA beside full fine-tuning, a LoRA written in the obvious way, PEFT and loralib.
 
-    python bench/peers.py --shape laptop --device cpu                     two minutes on two cores
-    python bench/peers.py --shape gpt2 --device cuda --modes captured compiled --json bench/results/h200-gpt2.json
+All train the same GPT on the same batch, with the same training step: train.Step (forward,
+backward, clipping, AdamW).
 
-The competitors take their steps in turn, round by round, so that a machine that slows down slows all of them; medians of
-the rounds are compared. Peak memory is that of an eager step (compare.py's measure_memory). Libraries compute as their
-users would: float32 weights, on CUDA with bfloat16 autocast, and the plain loss. Ours is shown with its defaults (chunked
-loss; on CUDA the frozen base stored in bfloat16), and, to separate the effects, with a float32 base, and full fine-tuning
-is shown with the chunked loss too.
+    python bench/peers.py --shape tiny --device cpu             two minutes on two cores
+    python bench/peers.py --shape gpt2 --device cuda --modes captured compiled \\
+        --json bench/results/h200-gpt2.json
+
+The competitors take their steps in turn, round after round, so a machine that slows
+down slows all of them; the medians of the rounds are compared. Peak memory is that of an
+eager step (lab.measure.measure_memory).
+
+The libraries compute as their users would: float32 weights, on CUDA bfloat16 autocast,
+and the plain loss. Ours runs with its defaults: the loss in chunks, and on CUDA the
+frozen base stored in bfloat16. Two more competitors separate these effects: ours with a
+float32 base, and full fine-tuning with the loss in chunks.
 """
 import argparse
 import platform
 import statistics
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,143 +33,288 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import compare
-from data.runs import write_json
 from gpt import GPT, GPTConfig
+from lab.capture import WARMUP, captured
+from lab.console import aligned, device_name, size
+from lab.files import write_json
+from lab.measure import measure_memory, round_robin, timed
+from lab.settings import Settings, default_loss_chunk
 from lora_minimal import apply_lora
-from train import Settings, Step, device_name, loss_chunk
+from train import Step
 
-SHAPES = {      # preset, batch, block; 50,304 is GPT-2's vocabulary as nanoGPT fills it up, to be kind to everyone
-    "laptop": (dict(name="tiny"), 16, 128),
-    "tiny": (dict(name="small"), 32, 256),
-    "gpt2": (dict(name="gpt2", vocab_size=50304), 8, 1024),
-    "gpt2-xl": (dict(name="gpt2-xl", vocab_size=50304), 1, 1024),
-}
+# {preset: the shape of its batches (B, T)}
+SHAPES = {"tiny": (16, 128), "small": (32, 256), "gpt2": (8, 1024), "gpt2-xl": (1, 1024)}
 TARGETS = {"all": ["c_attn", "c_proj", "c_fc"], "attention": ["c_attn", "attn.c_proj"]}
+MODES = ("eager", "captured", "compiled")
 R, ALPHA = 8, 16
 
+# GPT-2's 50,257 entries, filled up to a multiple of 64 as in nanoGPT. It makes the plain
+# loss faster.
+PADDED_VOCABULARY = 50304
+PLAIN_LOSS = 0          # the loss_chunk of a loss that is not computed in chunks
+
+
+# ---- the competitors -----------------------------------------------------------------------------
 
 class NaiveLoRA(nn.Module):
-    """The equation as one would write it down, differentiated by autograd."""
+    """y = W x + b + (α/r) B A x. Autograd finds the gradients."""
 
     def __init__(self, base):
         super().__init__()
-        self.base = base
-        self.A = nn.Parameter(torch.randn(R, base.in_features, device=base.weight.device) / R)
-        self.B = nn.Parameter(torch.zeros(base.out_features, R, device=base.weight.device))
+        device = base.weight.device
+        self.base = base                                                        # W x + b
+        self.A = nn.Parameter(torch.randn(R, base.in_features, device=device) / R)
+        self.B = nn.Parameter(torch.zeros(base.out_features, R, device=device))
 
     def forward(self, x):
+        """x (..., in) -> y (..., out)"""
         return self.base(x) + ALPHA / R * (x @ self.A.T @ self.B.T)
 
 
-def with_loralib(base):
-    layer = loralib.Linear(base.in_features, base.out_features, r=R, lora_alpha=ALPHA, bias=base.bias is not None)
-    layer = layer.to(base.weight.device)
-    layer.weight, layer.bias = base.weight, base.bias
-    return layer
+# Each of these functions returns a model on args.device, and the loss_chunk for its loss.
+
+def full(args, targets):
+    return new_gpt(args), PLAIN_LOSS
 
 
-def replace(model, targets, make):
-    """Put make(linear) in the place of every targeted nn.Linear; train only what that adds."""
+def full_with_chunked_loss(args, targets):
+    return new_gpt(args), chunk_of(args, head_trains=True)
+
+
+def naive(args, targets):
+    return replace_linears(new_gpt(args), targets, NaiveLoRA), PLAIN_LOSS
+
+
+def with_peft(args, targets):
+    config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets)
+    return peft.get_peft_model(new_gpt(args), config), PLAIN_LOSS
+
+
+def with_loralib(args, targets):
+    return replace_linears(new_gpt(args), targets, loralib_linear), PLAIN_LOSS
+
+
+def ours_with_float32_base(args, targets):
+    return ours(args, targets, torch.float32)
+
+
+def ours(args, targets, base_dtype=None):
+    if base_dtype is None:
+        base_dtype = torch.bfloat16 if on_cuda(args) else torch.float32
+    model = new_gpt(args).to(base_dtype)
+    apply_lora(model, r=R, alpha=ALPHA, target_modules=targets)
+    return model, chunk_of(args, head_trains=False)
+
+
+FULL = {"full": full, "full, chunked loss": full_with_chunked_loss}
+LORA = {
+    "naive": naive,
+    "PEFT": with_peft,
+    "loralib": with_loralib,
+    "ours, float32 base": ours_with_float32_base,
+    "ours": ours,
+}
+LIBRARIES = [*FULL, *LORA]
+
+
+def new_gpt(args):
+    """A GPT in float32 on args.device: always with the same weights."""
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        return GPT(config_of(args.shape))
+
+
+def config_of(shape):
+    changes = {"vocab_size": PADDED_VOCABULARY} if shape.startswith("gpt2") else {}
+    return GPTConfig.preset(shape, **changes)
+
+
+def chunk_of(args, head_trains):
+    return args.loss_chunk or default_loss_chunk(args.device, head_trains)
+
+
+def on_cuda(args):
+    return torch.device(args.device).type == "cuda"
+
+
+def replace_linears(model, targets, make):
+    """Put make(linear) in the place of each targeted nn.Linear. Only what it adds trains."""
     model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and any(name.endswith(f".{target}") for target in targets):
-            old = set(model.parameters())
-            model.set_submodule(name, make(module))
-            for p in set(model.parameters()) - old:
-                p.requires_grad_(True)
+    endings = tuple(f".{target}" for target in targets)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path.endswith(endings):
+            model.set_submodule(path, make(module))
     return model
 
 
-def competitors(args, shape):
-    """{(library, targets): function that makes its model and says its loss_chunk}"""
-    def gpt(dtype=torch.float32):
-        torch.manual_seed(0)
-        with torch.device(args.device):
-            return GPT(GPTConfig.preset(**shape)).to(dtype)
-
-    def ours(targets, dtype):
-        model = gpt(dtype)
-        apply_lora(model, r=R, alpha=ALPHA, target_modules=targets)
-        return model, args.loss_chunk or loss_chunk("lora", args.device)
-
-    def with_peft(targets):
-        config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets)
-        return peft.get_peft_model(gpt(), config), 0
-
-    made = {("full", "-"): lambda: (gpt(), 0), ("full, chunked loss", "-"): lambda: (
-        gpt(), args.loss_chunk or loss_chunk("full", args.device))}
-    for name in args.targets:
-        targets = TARGETS[name]
-        made["naive", name] = lambda targets=targets: (replace(gpt(), targets, NaiveLoRA), 0)
-        made["PEFT", name] = lambda targets=targets: with_peft(targets)
-        made["loralib", name] = lambda targets=targets: (replace(gpt(), targets, with_loralib), 0)
-        if args.device.startswith("cuda"):
-            made["ours, float32 base", name] = lambda targets=targets: ours(targets, torch.float32)
-            made["ours", name] = lambda targets=targets: ours(targets, torch.bfloat16)
-        else:
-            made["ours", name] = lambda targets=targets: ours(targets, torch.float32)
-    if args.recompute:      # how small can it get: both sides with all that saves memory
-        made = {key: make for key, make in made.items() if key[0] in ("full, chunked loss", "ours")}
-    return {key: make for key, make in made.items() if not args.only or key[0] in ("full", *args.only)}
+def loralib_linear(base):
+    """loralib's layer with the weights of an nn.Linear."""
+    has_bias = base.bias is not None
+    layer = loralib.Linear(
+        base.in_features, base.out_features, r=R, lora_alpha=ALPHA, bias=has_bias
+    )
+    layer = layer.to(base.weight.device)
+    layer.weight = base.weight
+    layer.bias = base.bias
+    return layer
 
 
-def run(args, shape, batch, block, mode):
-    """-> rows of one mode: eager, captured (the step in a CUDA graph) or compiled (and captured)."""
-    settings = dict(steps=1000, batch_size=batch, block_size=block, lr=1e-4, graph=mode != "eager", compile=mode == "compiled",
-                    recompute=args.recompute, dtype="bfloat16" if args.device.startswith("cuda") else "float32")
+def competitors(args):
+    """{(library, targets): the function that makes it}, in the order of the table."""
+    made = {(library, "-"): make for library, make in FULL.items()}
+    for targets in args.targets:
+        for library, make in LORA.items():
+            made[library, targets] = make
+    libraries = set(LIBRARIES)
+    if not on_cuda(args):
+        libraries.remove("ours, float32 base")      # on other devices ours has that anyway
+    baseline = "full"
+    if args.recompute:      # how small can it get: the smallest of each kind
+        baseline = "full, chunked loss"
+        libraries = {baseline, "ours"}
+    if args.only:
+        libraries &= {baseline, *args.only}
+    return {key: make for key, make in made.items() if key[0] in libraries}
+
+
+# ---- the measurement -----------------------------------------------------------------------------
+
+def measure(args, mode):
+    """Measure all competitors in one mode. Returns a row, a dict, for each."""
+    x, y = random_batch(args)
+    steps, peaks = {}, {}
+    bar = tqdm(competitors(args).items(), f"{mode}: preparing", disable=None, leave=False)
+    for (library, targets), make in bar:
+        model, chunk = make(args, TARGETS.get(targets))
+        step = Step(model.train(), step_settings(args, mode, chunk))
+        peaks[library, targets] = measure_memory(step, x, y)["peak"]
+        steps[library, targets] = captured(step)
+    seconds = time_steps(args, steps, x, y, title=f"{mode}: rounds")
+
+    baseline = next(iter(steps))
+    rows = []
+    for key in steps:
+        library, targets = key
+        rows.append({
+            "library": library,
+            "targets": targets,
+            "mode": mode,
+            "step_ms": 1000 * seconds[key],
+            "speedup_vs_full": seconds[baseline] / seconds[key],
+            "peak_bytes": peaks[key],
+            "memory_vs_full": peaks[baseline] / peaks[key],
+        })
+    return rows
+
+
+def random_batch(args):
+    """Inputs and targets (B, T) of random tokens."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = GPTConfig.preset(**shape).vocab_size
-    x, y = (torch.randint(vocabulary, (batch, block), generator=generator).to(args.device) for _ in range(2))
-    steps, peaks, times = {}, {}, {}
-    for key, make in tqdm(competitors(args, shape).items(), desc=f"{mode}: preparing", disable=None):
-        model, chunk = make()
-        steps[key] = Step(model.train(), Settings(**settings, loss_chunk=chunk))
-        peaks[key] = compare.measure_memory(steps[key], x, y)["peak"]
-        for _ in range(4):          # warm-up, and on CUDA the capture
-            steps[key](x, y)
-        times[key] = []
-    for _ in tqdm(range(args.rounds), desc=f"{mode}: rounds", disable=None):
-        for key, step in steps.items():
-            start = compare.clock(args.device)
-            for _ in range(args.repeat):
-                step(x, y)
-            times[key].append((compare.clock(args.device) - start) / args.repeat * 1000)
-    median = {key: statistics.median(values) for key, values in times.items()}
-    full = next(iter(median))
-    return [{"library": library, "targets": targets, "mode": mode, "step_ms": median[library, targets],
-             "speedup_vs_full": median[full] / median[library, targets], "peak_bytes": peaks[library, targets],
-             "memory_vs_full": peaks[full] / peaks[library, targets]} for library, targets in median]
+    vocabulary = config_of(args.shape).vocab_size
+    x = torch.randint(vocabulary, SHAPES[args.shape], generator=generator)
+    y = torch.randint(vocabulary, SHAPES[args.shape], generator=generator)
+    return x.to(args.device), y.to(args.device)
+
+
+def step_settings(args, mode, chunk):
+    """The Settings of a competitor whose loss computes `chunk` logits at a time (0: all)."""
+    batch, block = SHAPES[args.shape]
+    return Settings(
+        steps=1000,
+        batch_size=batch,
+        block_size=block,
+        lr=1e-4,
+        dtype="bfloat16" if on_cuda(args) else "float32",
+        loss_chunk=chunk,
+        recompute=args.recompute,
+        compile=mode == "compiled",
+        graph=mode != "eager",
+    )
+
+
+def time_steps(args, steps, x, y, title):
+    """The median seconds of each of `steps` {key: function of x, y}."""
+    for step in steps.values():
+        for _ in range(WARMUP + 1):         # on CUDA the last of these is the capture
+            step(x, y)
+    samplers = {
+        key: timed(partial(step, x, y), args.device, args.repeat) for key, step in steps.items()
+    }
+    seconds = round_robin(samplers, args.rounds, title=title)
+    return {key: statistics.median(samples) for key, samples in seconds.items()}
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="tiny",
+        help="a preset of gpt.py, with a batch that suits it; default: tiny")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if there is a GPU, else cpu")
+    add("--modes", nargs="+", choices=MODES, default=["eager"],
+        help="captured: the step in a CUDA graph; compiled: torch.compile besides; default: eager")
+    add("--only", nargs="+", choices=LIBRARIES, metavar="LIBRARY",
+        help=f"only full fine-tuning and these; among: {'; '.join(LIBRARIES)}")
+    add("--recompute", action="store_true",
+        help="only full fine-tuning and ours, both with gradient checkpointing")
+    add("--targets", nargs="+", choices=TARGETS, default=list(TARGETS),
+        help="which layers get LoRA; default: all attention")
+    add("--loss-chunk", type=int,
+        help="logits that the chunked loss computes at a time; default: what train.py uses")
+    add("--rounds", type=int, default=15, help="how often each step is timed; default: 15")
+    add("--repeat", type=int, default=1, help="steps of one competitor in a round; default: 1")
+    add("--json", type=Path, help="write the rows into this file")
+    return parser.parse_args()
+
+
+def print_rows(args, rows):
+    batch, block = SHAPES[args.shape]
+    recomputed = ", blocks recomputed" if args.recompute else ""
+    print(f"{args.shape}: {batch} x {block} tokens, on {device_name(args.device)}, "
+          f"torch {torch.__version__}{recomputed}")
+    cells = [("library", "layers", "mode", "step", "full / it", "peak", "full / it")]
+    for row in rows:
+        cells.append((
+            row["library"], row["targets"], row["mode"],
+            f"{row['step_ms']:.2f} ms", f"{row['speedup_vs_full']:.3f}",
+            size(row["peak_bytes"]), f"{row['memory_vs_full']:.3f}",
+        ))
+    print(aligned(cells))
+
+
+def write_rows(args, rows):
+    batch, block = SHAPES[args.shape]
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.json, {
+        "device": device_name(args.device),
+        "shape": args.shape,
+        "batch": batch,
+        "block": block,
+        "recompute": args.recompute,
+        "loss_chunk": args.loss_chunk,
+        "rounds": args.rounds,
+        "rows": rows,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "peft": peft.__version__,
+            "loralib": version("loralib"),
+        },
+    })
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="laptop")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--modes", nargs="+", choices=("eager", "captured", "compiled"), default=["eager"])
-    parser.add_argument("--only", nargs="+", help="of the libraries only these, beside full fine-tuning")
-    parser.add_argument("--recompute", action="store_true", help="full and ours alone, both with checkpointing")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--loss-chunk", type=int, help="logits at a time in the chunked loss; train.py's if not given")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--repeat", type=int, default=1, help="steps in a round of one competitor")
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    args = parser.parse_args()
-    shape, batch, block = SHAPES[args.shape]
-    rows = [row for mode in args.modes for row in run(args, shape, batch, block, mode)]
-    print(f"{args.shape}: {shape['name']}, {batch} x {block} tokens, on {device_name(args.device)}, torch {torch.__version__}"
-          + (", blocks recomputed" if args.recompute else ""))
-    print(f"{'mode':<9} {'library':<19} {'targets':<9} {'step':>10} {'full / it':>9} {'peak':>9} {'full / it':>9}")
-    for row in rows:
-        print(f"{row['mode']:<9} {row['library']:<19} {row['targets']:<9} {row['step_ms']:>7.2f} ms "
-              f"{row['speedup_vs_full']:>9.3f} {compare.size(row['peak_bytes']):>9} {row['memory_vs_full']:>9.3f}")
+    args = parse_args()
+    rows = []
+    for mode in args.modes:
+        rows += measure(args, mode)
+    print_rows(args, rows)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, {
-            "device": device_name(args.device), "shape": args.shape, "batch": batch, "block": block,
-            "recompute": args.recompute, "loss_chunk": args.loss_chunk, "rounds": args.rounds, "rows": rows,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "peft": peft.__version__,
-                         "loralib": version("loralib")}})
+        write_rows(args, rows)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,124 @@
 """
-Make the README's table of measurements from bench/results/*.json:  python bench/table.py
+The README's table of measurements, made from bench/results/*.json.
+
+    python bench/table.py               write it into README.md, between the two markers
+    python bench/table.py --check       only compare: exit code 1 if README.md has another table
 """
+import argparse
+import difflib
 import json
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- made by bench/table.py -->\n", "<!-- end of what bench/table.py made -->"
-NAMES = {"laptop": "1M, 16 × 128", "tiny": "11M, 32 × 256", "gpt2": "GPT-2 124M, 8 × 1024", "gpt2-xl": "GPT-2 XL 1.6B, 1 × 1024"}
+README = ROOT / "README.md"
+BEGIN = "<!-- made by bench/table.py -->\n"
+END = "<!-- end of what bench/table.py made -->"
+
+# {shape: what the table says about it}, in the order of the table
+SHAPES = {
+    "tiny": "1M, 16 × 128",
+    "small": "11M, 32 × 256",
+    "gpt2": "GPT-2 124M, 8 × 1024",
+    "gpt2-xl": "GPT-2 XL 1.6B, 1 × 1024",
+}
+# Early results have other names for two shapes. One of these is "tiny", now the name of a
+# smaller shape; the batch size tells which of the two is meant.
+OLD_NAMES = {("laptop", 16): "tiny", ("tiny", 32): "small"}     # {(old name, batch): shape}
+
 LIBRARIES = ("full, chunked loss", "naive", "PEFT", "loralib", "ours, float32 base", "ours")
 
 
 def table():
-    lines = ["| machine | model, batch | step | layers | " + " | ".join(LIBRARIES) + " |",
-             "|---" * (4 + len(LIBRARIES)) + "|"]
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
-    for result in sorted(results, key=lambda r: ("NVIDIA" in r["device"], list(NAMES).index(r["shape"]), r["recompute"])):
-        for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
+    """The table as lines of Markdown."""
+    header = ["machine", "model, batch", "step", "layers", *LIBRARIES]
+    lines = [line(header), "|---" * len(header) + "|"]
+    for result in sorted(read_results(), key=order):
+        modes = dict.fromkeys(row["mode"] for row in result["rows"])
+        for mode in modes:
             for targets in ("all", "attention"):
-                found = {row["library"]: row for row in result["rows"]
-                         if row["mode"] == mode and row["targets"] in (targets, "-")}
-                if any(row["targets"] == targets for row in found.values()):
-                    cells = ["{speedup_vs_full:.2f} / {memory_vs_full:.2f}".format(**found[name]) if name in found
-                             else "" for name in LIBRARIES]
-                    cells[-1] = f"**{cells[-1]}**" if cells[-1] else ""
-                    chunk = f", 2^{result['loss_chunk'].bit_length() - 1}" if result["loss_chunk"] else ""
-                    how = mode + chunk + (", recomputed" if result["recompute"] else "")
-                    lines.append("| " + " | ".join([result["device"].replace("x86_64 CPU, 2 threads", "2 CPU cores"),
-                                                    NAMES[result["shape"]], how, targets, *cells]) + " |")
+                found = rows_by_library(result, mode, targets)
+                if found:
+                    lines.append(line(describe(result, mode, targets) + cells(found)))
     return "\n".join(lines) + "\n"
 
 
+def line(cells):
+    """One line of the table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def read_results():
+    """What bench/peers.py wrote, with the present names of the shapes."""
+    results = []
+    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        name = result["shape"]
+        result["shape"] = OLD_NAMES.get((name, result["batch"]), name)
+        results.append(result)
+    return results
+
+
+def order(result):
+    """The key to sort results by: CPUs first, then the smaller shapes."""
+    on_gpu = "NVIDIA" in result["device"]
+    return on_gpu, list(SHAPES).index(result["shape"]), result["recompute"]
+
+
+def rows_by_library(result, mode, targets):
+    """{library: its row} for one mode; empty if no library adapted these targets."""
+    rows = [row for row in result["rows"] if row["mode"] == mode]
+    if not any(row["targets"] == targets for row in rows):
+        return {}
+    full_or_targets = ("-", targets)        # full fine-tuning has no targets: "-"
+    return {row["library"]: row for row in rows if row["targets"] in full_or_targets}
+
+
+def describe(result, mode, targets):
+    """The first cells of a line: what was measured, where and how."""
+    step = mode
+    if result["loss_chunk"]:
+        exponent = result["loss_chunk"].bit_length() - 1
+        step += f", 2^{exponent}"
+    if result["recompute"]:
+        step += ", recomputed"
+    machine = result["device"].replace("x86_64 CPU, 2 threads", "2 CPU cores")
+    return [machine, SHAPES[result["shape"]], step, targets]
+
+
+def cells(found):
+    """The other cells of a line, from {library: row}: time / memory of each library, or nothing."""
+    texts = []
+    for library in LIBRARIES:
+        text = ""
+        if library in found:
+            row = found[library]
+            text = f"{row['speedup_vs_full']:.2f} / {row['memory_vs_full']:.2f}"
+        if text and library == "ours":
+            text = f"**{text}**"
+        texts.append(text)
+    return texts
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with README.md instead of writing it"
+    )
+    args = parser.parse_args()
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    old, after = rest.split(END)
+    new = table()
+    if args.check:
+        if new != old:
+            lines = (old.splitlines(keepends=True), new.splitlines(keepends=True))
+            sys.stdout.writelines(difflib.unified_diff(*lines, "README.md", "bench/results"))
+            sys.exit(1)
+        return
+    README.write_text(before + BEGIN + new + END + after, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    (ROOT / "README.md").write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+    main()

@@ -1,175 +1,291 @@
 """
-From a text to tokens on disk.
+From a text to batches of tokens.
 
-    text = read_text("pirate", dir)              a built-in name, a file or a URL -> the stories, some of them held out
-    encoding = train_bpe(text.all_train)         data/bpe.py; or load_tokenizer(the base model's directory)
-    corpus = tokenize(text, encoding, dir)       .train and .heldout: memory-mapped token files, made once
-    x, y = Batches(corpus.train, batch_size=32, block_size=256, seed=0)[step]
+    text = read_text("pirate", heldout=0.1, download_dir="out/downloads")
+    encoding = train_bpe(text.all_train)        # data/bpe.py, or a base's tokenizer
+    corpus = tokenize(text, encoding, "out/tokens", block_size=128)
+    batches = Batches(corpus.train, batch_size=16, block_size=128, seed=0)
+    x, y = batches[0]                           # y is x shifted left by one token
+
+Letters in the shape comments: B windows in a batch, T tokens in a window.
 """
 import hashlib
 import random
 import re
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data.bpe import EOT
-from gpt import replacing
+from lab.files import download, replacing
 
-BUILT_IN = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.txt"))}      # tales, pirate, bard, noir
-SPLIT_SEED = 1337           # which stories are held out; not --seed, so that every run keeps the same ones unseen
-DOWNLOAD_MOST = 2**31       # bytes
-HELDOUT_MOST = 2**19        # bytes to hold out at most: enough to measure by, and quick to read again and again
+BUILT_IN = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.txt"))}
+SPLIT_SEED = 1337           # of the held-out stories: the same whatever the --seed
+LARGEST_HELDOUT = 2**19     # bytes: cap the held-out text so that evaluation stays fast
+
+
+# ---- from a text to stories --------------------------------------------------------
+
+class Piece(NamedTuple):
+    """A story, or a passage of a long one."""
+
+    text: str
+    ends_story: bool        # whether a story ends with it
+
+    @property
+    def size(self):
+        """Bytes in UTF-8."""
+        return len(self.text.encode())
 
 
 @dataclass
 class Text:
-    """Stories to learn from and stories held out. A piece is (text, whether a story ends with it)."""
+    """The pieces of a text to train on, and those held out."""
+
     name: str
     train: list
     heldout: list
-    digest: str             # of the text and the split
+    digest: str             # a hash of the text and the split
 
     @property
     def all_train(self):
-        return "\n".join(piece for piece, _ in self.train)
+        """The training pieces as one string."""
+        return "\n".join(piece.text for piece in self.train)
 
     @property
     def heldout_bytes(self):
-        return sum(len(piece.encode()) for piece, _ in self.heldout)
+        """The size of the held-out pieces in UTF-8."""
+        return sum(piece.size for piece in self.heldout)
 
 
 def read_text(source, heldout, download_dir):
-    """Read a corpus: the name of a built-in one, the path of a UTF-8 file, or an http(s) URL (kept in download_dir).
+    """Read a text, and hold out a share of it. Returns a Text.
 
-    Stories may be parted by <|endoftext|>; a share of `heldout` of them, drawn by a fixed seed, is set aside. A text of
-    fewer than twenty stories is cut at paragraph ends into passages of one to four thousand characters, and of these
-    some are set aside. Raises FileNotFoundError, or ValueError for a text that is empty, binary, not UTF-8 or too short."""
+    source      the name of a built-in text, the path of a UTF-8 file, or an http(s) URL,
+                which is kept in download_dir
+    heldout     the share of the pieces to hold out, between 0 and 1; at least one is. They
+                are drawn with a fixed seed
+
+    <|endoftext|> separates stories. A text with fewer than 20 stories is cut into
+    passages: see cut_into_passages. Raises FileNotFoundError, or ValueError if the
+    text is empty, binary, not UTF-8 or too short, or heldout is out of range.
+    """
+    if not 0 < heldout < 1:
+        raise ValueError(f"heldout is {heldout}; expected a share between 0 and 1")
+    path = find_text(str(source), download_dir)
+    pieces = cut_into_pieces(decode(path), path)
+    if len(pieces) < 2:
+        raise ValueError(
+            f"{path} is too short: it is a single passage, and one must be held out. "
+            "Give at least a few thousand characters"
+        )
+    aside = choose_heldout(pieces, heldout)
+    digest = hashlib.sha256(repr(sorted(aside)).encode())
+    for piece in pieces:
+        digest.update(piece.text.encode() + (b"\0" if piece.ends_story else b"\1"))
+    return Text(
+        name=str(source),
+        train=[piece for i, piece in enumerate(pieces) if i not in aside],
+        heldout=[piece for i, piece in enumerate(pieces) if i in aside],
+        digest=digest.hexdigest(),
+    )
+
+
+def find_text(source, download_dir):
+    """The file of a built-in name, a path or a URL. Raises FileNotFoundError."""
     if source in BUILT_IN:
-        path = BUILT_IN[source]
-    elif urlsplit(str(source)).scheme in ("http", "https"):
-        path = Path(download_dir, hashlib.sha256(str(source).encode()).hexdigest()[:16] + ".txt")
+        return BUILT_IN[source]
+    path = Path(source)
+    if urlsplit(source).scheme in ("http", "https"):
+        name = hashlib.sha256(source.encode()).hexdigest()[:16] + ".txt"
+        path = Path(download_dir, name)
         if not path.exists():
-            _download(str(source), path)
-    else:
-        path = Path(source)
+            download(source, path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no text {str(source)!r}: give a file, a URL, or one of {', '.join(BUILT_IN)}")
+        raise FileNotFoundError(
+            f"there is no text {source!r}: give a file, a URL, or one of "
+            f"{', '.join(BUILT_IN)}"
+        )
+    return path
+
+
+def decode(path):
+    """The content of a UTF-8 file, without a byte order mark, with "\\n" for "\\r\\n".
+
+    Raises ValueError if it is binary or not UTF-8.
+    """
     raw = path.read_bytes()
     if b"\0" in raw:
-        raise ValueError(f"{path} is a binary file (it holds zero bytes); a corpus is plain text in UTF-8")
+        raise ValueError(f"{path} is a binary file (it has zero bytes); expected UTF-8 text")
     try:
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start} is {raw[error.start]:#04x}); save it as UTF-8") from error
-    stories = [story.strip("\n") for story in text.split(EOT) if story.strip()]
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start} is {raw[error.start]:#04x}); "
+            "save it as UTF-8"
+        ) from error
+
+
+def cut_into_pieces(content, path):
+    """The stories of a text, or the passages of a text with few stories, as Pieces."""
+    stories = [story.strip("\n") for story in content.split(EOT) if story.strip()]
     if not stories:
-        raise ValueError(f"{path} is empty; a corpus needs text to learn from")
+        raise ValueError(f"{path} is empty; expected a text to learn from")
     if len(stories) >= 20:
-        pieces = [(story, True) for story in stories]
-    else:
-        pieces = [(piece, i == len(cut) - 1) for cut in map(_passages, stories) for i, piece in enumerate(cut)]
-    if len(pieces) < 2:
-        raise ValueError(f"{path} is too short: {len(raw)} bytes are one passage, and one must be held out. "
-                         "Give at least a few thousand characters")
-    aside, size = set(), 0
-    for i in random.Random(SPLIT_SEED).sample(range(len(pieces)), max(1, round(heldout * len(pieces)))):
-        size += len(pieces[i][0].encode())
-        if aside and size > HELDOUT_MOST:
+        return [Piece(story, ends_story=True) for story in stories]
+    pieces = []
+    for story in stories:
+        *first, last = cut_into_passages(story)
+        pieces += [Piece(passage, ends_story=False) for passage in first]
+        pieces.append(Piece(last, ends_story=True))
+    return pieces
+
+
+PASSAGE = re.compile(
+    r".{1000,3000}?\n\s*\n"        # 1,000 characters, and on to the end of a paragraph;
+    r"|.{1000,4000}?\n"            # if there is none within 3,000, to the end of a line;
+    r"|.{1000,4000}?\s"            # or to a space;
+    r"|.{1,4000}",                 # or 4,000 characters, or what remains
+    re.DOTALL,
+)
+
+
+def cut_into_passages(story):
+    """Cut a story into passages of about 1,000 to 4,000 characters, and lose nothing."""
+    return PASSAGE.findall(story)
+
+
+def choose_heldout(pieces, share):
+    """The indices of the pieces to hold out: a share of them, at most LARGEST_HELDOUT."""
+    wanted = max(1, round(share * len(pieces)))
+    aside = set()
+    size = 0
+    for i in random.Random(SPLIT_SEED).sample(range(len(pieces)), wanted):
+        size += pieces[i].size
+        if aside and size > LARGEST_HELDOUT:
             break
         aside.add(i)
-    digest = hashlib.sha256(repr(sorted(aside)).encode())
-    for piece, ends in pieces:
-        digest.update(piece.encode() + (b"\0" if ends else b"\1"))
-    return Text(str(source), [p for i, p in enumerate(pieces) if i not in aside],
-                [p for i, p in enumerate(pieces) if i in aside], digest.hexdigest())
+    return aside
 
 
-def _download(url, path):
-    """Fetch url into path, whole or not at all. Raises OSError, also for what is larger than DOWNLOAD_MOST."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urlopen(url, timeout=60) as response, replacing(path) as beside, open(beside, "wb") as file:
-            size = int(response.headers.get("Content-Length", -1))
-            with tqdm(total=max(size, 0), unit="B", unit_scale=True, desc=f"fetching {url}", disable=None, leave=False) as bar:
-                while chunk := response.read(2**20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                    if file.tell() > DOWNLOAD_MOST:
-                        raise OSError(f"{url} is larger than {DOWNLOAD_MOST:,} bytes; fetch it yourself and give the file")
-            if size not in (-1, file.tell()):
-                raise OSError(f"{url} broke off after {file.tell():,} of {size:,} bytes; try again")
-    except HTTPException as error:
-        raise OSError(f"{url} cannot be fetched: {error!r}") from error
-
-
-def _passages(story):
-    """Cut at a paragraph's end, else a line's, else a word's, else anywhere; joined, the passages are the story."""
-    return re.findall(r"(?s).{1000,3000}?\n\s*\n|.{1000,4000}?\n|.{1000,4000}?\s|.{1,4000}", story)
-
+# ---- from stories to tokens --------------------------------------------------------
 
 @dataclass
 class Corpus:
-    """Tokens: (N,) integers, <|endoftext|> first and after every story. `heldout_bytes` counts the text alone."""
+    """Tokens (N,), <|endoftext|> first and after each story.
+
+    heldout_bytes is the size of the held-out text alone.
+    """
+
     name: str
     train: np.ndarray
     heldout: np.ndarray
     heldout_bytes: int
-    digest: str             # of text, split and tokenizer: what the token files are called
+    digest: str             # a hash of the text, the split and the tokenizer
+
+    def heldout_windows(self, block_size, at_once):
+        """Yields the held-out text as pairs x, y (B, T) int64; y is shifted left by one.
+
+        T is block_size and B at most at_once; the last pair is what remains, (1,
+        fewer than T). A window does not see the text before it.
+        """
+        tokens = torch.from_numpy(self.heldout.astype(np.int64))
+        whole = (len(tokens) - 1) // block_size * block_size    # tokens in whole windows
+        x = tokens[:whole].view(-1, block_size)
+        y = tokens[1:whole + 1].view(-1, block_size)
+        if whole > 0:
+            yield from zip(x.split(at_once), y.split(at_once))
+        if whole < len(tokens) - 1:
+            yield tokens[None, whole:-1], tokens[None, whole + 1:]
 
 
 def tokenize(text, encoding, cache_dir, block_size):
-    """Encode a Text -> Corpus of memory-mapped arrays in cache_dir, encoded only if not there yet.
+    """Encode a Text. Returns a Corpus of memory-mapped arrays, in files that are made
+    only once.
 
-    The files are called by a hash of text, split and tokenizer: a changed text is never read from an old file.
-    Raises ValueError when too little is left to train on in blocks of block_size."""
-    tokens_of = repr(sorted(encoding._mergeable_ranks.items())).encode()
-    digest = hashlib.sha256(text.digest.encode() + tokens_of).hexdigest()[:16]
-    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
-    parts = {}
-    for part in ("train", "heldout"):
+    The names of the files contain a hash of the text, the split and the tokenizer, so
+    a changed text is never read from an old file. Raises ValueError if the training
+    text is shorter than four blocks of block_size tokens.
+    """
+    vocabulary = repr(sorted(encoding._mergeable_ranks.items())).encode()
+    digest = hashlib.sha256(text.digest.encode() + vocabulary).hexdigest()[:16]
+    arrays = {}
+    for part, pieces in (("train", text.train), ("heldout", text.heldout)):
         path = Path(cache_dir, f"{digest}-{part}.npy")
         if not path.exists():
-            pieces, stream = getattr(text, part), [np.array([encoding.eot_token], dtype)]
-            for i in tqdm(range(0, len(pieces), 1024), desc=f"encoding {text.name}", disable=None, leave=False):
-                some = pieces[i:i + 1024]
-                for tokens, (_, ends) in zip(encoding.encode_ordinary_batch([piece for piece, _ in some]), some):
-                    stream.append(np.array(tokens + [encoding.eot_token] * ends, dtype))
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as beside, open(beside, "wb") as file:
-                np.save(file, np.concatenate(stream))
-        parts[part] = np.load(path, mmap_mode="r")
-    if len(parts["train"]) < 4 * block_size:
-        raise ValueError(f"{text.name} is too short: {len(parts['train'])} tokens to train on, and blocks of "
-                         f"{block_size} need at least {4 * block_size}. Give a longer text or a smaller --block-size")
-    return Corpus(text.name, **parts, heldout_bytes=text.heldout_bytes, digest=digest)
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, encode(pieces, encoding, text.name))
+        arrays[part] = np.load(path, mmap_mode="r")
+    n_train, least = len(arrays["train"]), 4 * block_size
+    if n_train < least:
+        raise ValueError(
+            f"{text.name} is too short: it has {n_train} tokens to train on, and "
+            f"blocks of {block_size} need at least {least}. Give a longer text or a "
+            "smaller --block-size"
+        )
+    return Corpus(text.name, **arrays, heldout_bytes=text.heldout_bytes, digest=digest)
 
+
+def encode(pieces, encoding, name):
+    """The tokens (N,) of pieces, as a Corpus has them. Shows progress."""
+    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+    stream = [np.array([encoding.eot_token], dtype)]
+    starts = range(0, len(pieces), 1024)
+    for start in tqdm(starts, f"encoding {name}", disable=None, leave=False):
+        batch = pieces[start:start + 1024]
+        encoded = encoding.encode_ordinary_batch([piece.text for piece in batch])
+        for tokens, piece in zip(encoded, batch):
+            if piece.ends_story:
+                tokens.append(encoding.eot_token)
+            stream.append(np.array(tokens, dtype))
+    return np.concatenate(stream)
+
+
+# ---- from tokens to batches --------------------------------------------------------
 
 class Batches:
-    """Batches[n] -> x, y (B, T) int64: windows of a token stream, and the same moved on by one token.
+    """batches[n] -> x, y (B, T) int64: windows of tokens; y is shifted left by one.
 
-    Every epoch cuts the stream into blocks at another offset and shuffles them. A batch is a function of the seed and
-    its number alone, so a resumed run sees what an uninterrupted one would have seen."""
+    Every epoch cuts the stream into windows at another offset, and shuffles them. A
+    batch depends on the seed and on its number only, so a resumed run sees what an
+    uninterrupted one would have seen. Raises ValueError if the stream is shorter than
+    two windows.
+    """
 
     def __init__(self, tokens, batch_size, block_size, seed):
-        self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
-        self.blocks = len(tokens) // block_size - 1         # a block is lost to the offset
-        self.epoch, self.starts = None, None
+        self.tokens = tokens
+        self.batch_size = batch_size
+        self.block_size = block_size
+        self.seed = seed
+        self.n_windows = len(tokens) // block_size - 1      # one fewer, for the offset
+        self.epoch = None
+        self.starts = None                                  # (n_windows,)
+        if self.n_windows < 1:
+            raise ValueError(
+                f"{len(tokens)} tokens are fewer than two windows of {block_size}; "
+                "give a longer text or a smaller block_size"
+            )
 
     def __getitem__(self, n):
         windows = []
         for i in range(n * self.batch_size, (n + 1) * self.batch_size):
-            epoch, block = divmod(i, self.blocks)
+            epoch, window = divmod(i, self.n_windows)
             if epoch != self.epoch:
-                rng = np.random.default_rng((self.seed, epoch))
-                self.epoch = epoch
-                self.starts = rng.permutation(self.blocks) * self.block_size + rng.integers(self.block_size)
-            windows.append(self.tokens[self.starts[block]:][:self.block_size + 1])
+                self.shuffle(epoch)
+            start = self.starts[window]
+            windows.append(self.tokens[start:start + self.block_size + 1])
         windows = torch.from_numpy(np.stack(windows).astype(np.int64))      # (B, T + 1)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def shuffle(self, epoch):
+        """Choose the offset and the order of the windows of an epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self.n_windows)
+        self.starts = order * self.block_size + rng.integers(self.block_size)
+        self.epoch = epoch

@@ -1,19 +1,20 @@
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"          # the oracles must not look for anything on the network
+os.environ["HF_HUB_OFFLINE"] = "1"          # the oracles must not use the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"         # such small products gain nothing from threads, and lose on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"         # small products gain nothing from threads
 
-import pytest       # noqa: E402
-import torch        # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from gpt import GPT, GPTConfig      # noqa: E402
+from gpt import GPT, GPTConfig  # noqa: E402
 
 
 def make_gpt(seed=0, std=0.2, **changes):
-    """A small GPT whose weights are N(0, std) and so large that mistakes show: logits of the order of one."""
+    """A small GPT with weights from N(0, std), so large that mistakes show in the logits."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**dict(vocab_size=97, block_size=32, n_layer=2, n_head=4, n_embd=64), **changes}))
+    shape = dict(vocab_size=97, block_size=32, n_layer=2, n_head=4, n_embd=64)
+    model = GPT(GPTConfig(**(shape | changes)))
     for name, p in model.named_parameters():
         if ".ln_" not in name:
             torch.nn.init.normal_(p, std=std)

@@ -1,0 +1,53 @@
+"""
+A training step as a CUDA graph: recorded once, then replayed with new batches.
+
+A step of a small model launches about a thousand kernels that take a few microseconds
+each, and the GPU waits for the CPU between them. Replaying a graph is a single
+launch.
+"""
+import torch
+
+WARMUP = 3      # eager steps before the capture: the allocator and cuBLAS must settle
+
+
+def captured(step):
+    """The step itself, or a CapturedStep of it if it can be captured."""
+    return CapturedStep(step) if step.can_be_captured else step
+
+
+class CapturedStep:
+    """Calls `step` a few times, then captures it and replays the graph.
+
+    Whatever changes between steps, such as the learning rate, must be in tensors that
+    the captured kernels read.
+    """
+
+    def __init__(self, step):
+        self.step = step
+        self.calls = 0
+        self.graph = None
+        self.x = self.y = self.loss = None      # the tensors that the graph reads and writes
+
+    def __call__(self, x, y):
+        """x, y (B, T) -> the loss (). Raises ValueError if the shape differs from the first."""
+        self.calls += 1
+        if self.calls <= WARMUP:
+            return self.step(x, y)
+        if self.graph is None:
+            self.capture(x, y)
+        if x.shape != self.x.shape:
+            raise ValueError(
+                f"the batch has shape {tuple(x.shape)}, but the step was captured for "
+                f"{tuple(self.x.shape)}; use one shape, or settings with graph=False"
+            )
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.graph.replay()
+        return self.loss.clone()
+
+    def capture(self, x, y):
+        """Record the kernels of one step. Nothing is computed yet."""
+        self.x, self.y = x.clone(), y.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self.step(self.x, self.y)

@@ -1,0 +1,89 @@
+"""
+What the program prints, and how: lines above the progress bar, sizes, tables, columns
+of text.
+"""
+import itertools
+import platform
+import shutil
+import sys
+import textwrap
+
+import torch
+from tqdm import tqdm
+
+from lab import parallel
+
+WIDTH = max(60, min(shutil.get_terminal_size((110, 40)).columns, 120))
+
+
+def allow_any_character():
+    """Print "?" for what the console's code page does not have, rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def say(text):
+    """Print a line, above the progress bar if there is one. Only the first process prints."""
+    if parallel.is_first():
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def headline(text):
+    """Print the title of the next part."""
+    say(f"\n== {text}")
+
+
+def bullet(text):
+    """Print a paragraph as an item of a list."""
+    say(textwrap.fill(text, WIDTH, initial_indent="  · ", subsequent_indent="    "))
+
+
+def size(n):
+    """Bytes in readable units: size(4_353_024) -> '4.35 MB'."""
+    unit = "B"
+    for larger in ("kB", "MB", "GB"):
+        if n < 999.5:
+            break
+        n /= 1000
+        unit = larger
+    return f"{n:.3g} {unit}"
+
+
+def aligned(rows):
+    """Rows of cells as lines of text in columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def side_by_side(texts, width):
+    """{title: text} as columns, `width` characters in all; below one another if they are narrow."""
+    column = (width - 2 * (len(texts) - 1)) // len(texts)
+    if column < 24:
+        return "\n\n".join(f"--- {title}\n{text}" for title, text in texts.items())
+    columns = []
+    for title, text in texts.items():
+        lines = [*textwrap.wrap(title, column), "-" * column]
+        for paragraph in text.splitlines():
+            lines += textwrap.wrap(paragraph, column) or [""]
+        columns.append(lines)
+    rows = []
+    for cells in itertools.zip_longest(*columns, fillvalue=""):
+        rows.append("  ".join(f"{cell:<{column}}" for cell in cells).rstrip())
+    return "\n".join(rows)
+
+
+def device_name(device):
+    """The device in words: 'NVIDIA H100 80GB HBM3', 'x86_64 CPU, 2 threads'."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.get_device_name(device)
+    if kind == "mps":
+        return f"{platform.machine()} GPU (MPS)"
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

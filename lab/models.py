@@ -1,0 +1,187 @@
+"""
+A model directory and its tokenizer, together: load, save, sample from, merge an adapter into.
+"""
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data import read_text, tokenize
+from gpt import GPT
+from lab import files
+from lab.adapters import Adapters
+from lab.chunked_loss import chunked_loss
+from lab.console import WIDTH, say, side_by_side
+from lab.gpt2_files import fingerprint, model_dir, write_model
+from lab.parallel import from_first
+from lab.runs import MAY, open_run, read_record
+from lab.settings import UsageError, default_loss_chunk, pick_device
+from lab.tokenizer_files import load_tokenizer, save_tokenizer
+from lora_minimal import apply_lora, merge_lora, remove_lora
+
+PROMPT = "The old lighthouse"
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+A GPT-2 of {n:,} parameters. Load it with `transformers.GPT2LMHeadModel.from_pretrained(dir)`.
+"""
+
+
+def load_model(base, device, dropout=0.0, dtype="float32"):
+    """Load a base model: a directory, or the name of a GPT-2.
+
+    Returns the model in eval mode on its device, its tokenizer, and the name of the
+    text that it was trained on last, or None. Its loss is computed in chunks, so
+    evaluation needs little memory. Raises ValueError if the tokenizer and the model
+    do not belong together.
+    """
+    dir = model_dir(base)
+    model = GPT.from_pretrained(dir, dropout=dropout)
+    encoding = load_tokenizer(dir)
+    if encoding.n_vocab > model.config.vocab_size:
+        raise ValueError(
+            f"{dir}: the tokenizer has {encoding.n_vocab} entries, the model "
+            f"{model.config.vocab_size}; they do not belong together"
+        )
+    model.loss = partial(chunked_loss, chunk=default_loss_chunk(device, head_trains=False))
+    trained_on = read_record(dir).get("asked", {}).get("data")
+    return model.to(device, getattr(torch, dtype)).eval(), encoding, trained_on
+
+
+def load_corpus(data, share, encoding, cache_dir, block_size):
+    """The Corpus of a text, with a share of it held out."""
+    text = read_text(data, share, Path(cache_dir, "downloads"))
+    return tokenize(text, encoding, Path(cache_dir, "tokens"), block_size)
+
+
+def add_lora(model, lora):
+    """apply_lora(model, **lora). Raises UsageError if it cannot be done."""
+    try:
+        paths = apply_lora(model, **lora)
+    except ValueError as error:
+        raise UsageError(error) from error
+    for path in paths:
+        shape = tuple(model.get_submodule(path).weight.shape)
+        if lora["r"] > min(shape):
+            raise UsageError(
+                f"--r {lora['r']} exceeds the smaller side of {path}, {shape}; "
+                "choose a smaller rank"
+            )
+
+
+def save_model(model, encoding, dir):
+    """Write a model, its tokenizer, and a short model card if there is none.
+
+    transformers can open the directory.
+    """
+    write_model(model, dir, eos_token_id=encoding.eot_token)
+    save_tokenizer(encoding, dir)
+    card = Path(dir, files.CARD)
+    if not card.exists():
+        n = sum(p.numel() for p in model.parameters())
+        card.write_text(CARD.format(n=n), encoding="utf-8")
+
+
+def load_voices(model, base, voices):
+    """Load adapters {name: directory} for a model. Returns Adapters.
+
+    Says so if one was trained on another base than `base`.
+    """
+    adapters = Adapters(model)
+    own_hash = fingerprint(base) if voices else None
+    for name, dir in voices.items():
+        adapters.load(dir, name)
+        base_hash = read_record(dir).get("asked", {}).get("base")
+        if base_hash not in (None, own_hash):
+            say(f"note: {dir} was trained on another base than {base}")
+    return adapters
+
+
+def continue_text(model, encoding, prompt, max_new_tokens, seed, temperature=0.7, top_k=40,
+                  top_p=None, rows=1):
+    """Continue the prompt, read as the beginning of a story. Returns one text for each row.
+
+    Sets torch's global seed.
+    """
+    torch.manual_seed(seed)
+    tokens = [encoding.eot_token, *encoding.encode(prompt, allowed_special="all")]
+    idx = torch.tensor([tokens] * rows, device=next(model.parameters()).device)    # (rows, T)
+    idx = model.generate(
+        idx, max_new_tokens, temperature, top_k, top_p, stop_token=encoding.eot_token
+    )
+    texts = []
+    for row in idx.tolist():
+        # <|endoftext|> is the last token. A model may have more, to pad its vocabulary.
+        texts.append(encoding.decode([token for token in row if token < encoding.eot_token]))
+    return texts
+
+
+def sample(base, adapter=(), prompt=PROMPT, merge=False, max_new_tokens=150, temperature=0.7,
+           top_k=40, top_p=None, seed=0, device=None):
+    """Continue a prompt with the base and with each adapter, and print them side by side.
+
+    adapter     a directory, or several
+    merge       merge each adapter into the weights, and run them one after another; otherwise
+                all are rows of one batch
+
+    Returns {directory: text}.
+    """
+    dirs = as_list(adapter)
+    model, encoding, _ = load_model(base, pick_device(device))
+    adapters = load_voices(model, base, {dir: dir for dir in dirs})
+    sampling = {
+        "prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature,
+        "top_k": top_k, "top_p": top_p, "seed": seed,
+    }
+    voices = [None, *dirs]
+    if merge:
+        texts = []
+        for voice in voices:
+            adapters.use(voice)
+            if voice is not None:
+                merge_lora(model)
+            texts += continue_text(model, encoding, **sampling)
+    else:
+        adapters.use(voices)
+        texts = continue_text(model, encoding, **sampling, rows=len(voices))
+    titled = dict(zip([str(base), *dirs], texts))
+    say(side_by_side(titled, WIDTH))
+    return titled
+
+
+def as_list(paths):
+    """A path, or several, as a list of strings."""
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    return [str(path) for path in paths]
+
+
+def merge(base, adapter, out, fresh=False):
+    """Merge an adapter into its base: write a plain model directory. Returns the record.
+
+    The sum is computed and stored in float32, whatever dtype the base trained in.
+    """
+    keep_apart(out, base, adapter)
+    model, encoding, trained_on = load_model(base, "cpu")
+    load_voices(model, base, {"voice": adapter})
+    asked = {"data": trained_on, "base": fingerprint(base), "adapter": str(adapter)}
+    with open_run(out, asked, resume=MAY, fresh=fresh) as run:
+        merge_lora(model)
+        remove_lora(model)
+        from_first(save_model, model, encoding, out)
+        record = run.finish(curve=[])
+    say(f"Written: {out}, a model like any other. Now try:\n"
+        f'  python train.py sample --base {out} --prompt "Once"')
+    return record
+
+
+def keep_apart(out, *inputs):
+    """Raises ValueError if the directory to write is also one of those to read."""
+    for other in inputs:
+        if Path(out).resolve() == model_dir(other).resolve():
+            raise ValueError(
+                f"{out} would be overwritten while it is read; choose another "
+                "directory for --out"
+            )

@@ -1,0 +1,358 @@
+"""
+An adapter on disk: the directory that PEFT writes, adapter_config.json and weights.
+
+The names of the tensors are those of the layers, between a prefix and a suffix:
+
+    base_model.model.transformer.h.0.attn.c_attn.lora_A.weight      of a linear layer
+    base_model.model.transformer.wpe.lora_embedding_A               of an embedding
+
+A is (r, in) and B (out, r), in float32, also for layers whose weight is stored as (in, out).
+"""
+import re
+import time
+from pathlib import Path
+
+import regex
+import torch
+from torch import nn
+
+from lab import files
+from lab.files import (
+    advice_on_pickles,
+    open_tensors,
+    read_all,
+    read_json,
+    some,
+    write_json,
+    write_tensors,
+)
+from lora_minimal import (
+    active_layers,
+    adapt_layers,
+    check_state,
+    find_lora_layers,
+    is_lora,
+    known_classes,
+    load_lora_state_dict,
+)
+
+PREFIX = "base_model.model."
+LINEAR_SUFFIXES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
+EMBEDDING_SUFFIXES = {"lora_A": ".lora_embedding_A", "lora_B": ".lora_embedding_B"}
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REQUIRED = {"r", "lora_alpha"}
+# Keys of adapter_config.json that may only have these values.
+ALLOWED_VALUES = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+}
+# Keys whose values are used here.
+USED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"}
+# Keys that choose the layers; the tensors say the same.
+LAYER_CHOICE = {
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+}
+# Keys that do not change what is computed. All other keys must be unset.
+NOTES = {
+    "task_type", "fan_in_fan_out", "base_model_name_or_path", "inference_mode", "revision",
+    "peft_version", "auto_mapping", "megatron_core", "qalora_group_size",
+}
+CARD = """\
+---
+library_name: peft
+base_model: {base}
+tags:
+- lora
+---
+A LoRA adapter of rank {r} for {base}. Load it with `peft.PeftModel.from_pretrained(model, dir)`.
+"""
+
+
+# ---- writing -----------------------------------------------------------------------
+
+def save_lora(model, dir, base_model_name_or_path=None):
+    """lora_minimal.save_lora: write an adapter, and a short model card if there is none."""
+    model = unwrapped(model)
+    layers = active_layers(model)
+    check_classes(layers)
+    check_single_settings(layers)
+    tensors = {}
+    for path, layer in layers.items():
+        is_embedding = isinstance(layer, nn.Embedding)
+        suffixes = EMBEDDING_SUFFIXES if is_embedding else LINEAR_SUFFIXES
+        for part, suffix in suffixes.items():
+            tensor = getattr(layer, part).detach().cpu().float()
+            tensors[PREFIX + saved_path(path) + suffix] = tensor.contiguous()
+    config = adapter_config(layers)
+    config["task_type"] = "CAUSAL_LM" if hasattr(model, "generate") else None
+    config["base_model_name_or_path"] = base_model_name_or_path
+    dir = Path(dir)
+    dir.mkdir(parents=True, exist_ok=True)
+    # Without its config an adapter is recognizably broken: after a crash between the
+    # two files, new tensors must not be read with the alpha of an old config.
+    (dir / files.ADAPTER_CONFIG).unlink(missing_ok=True)
+    write_tensors(dir / files.ADAPTER, tensors)
+    write_json(dir / files.ADAPTER_CONFIG, config)
+    if not (dir / files.CARD).exists():
+        base = base_model_name_or_path or "unknown"
+        (dir / files.CARD).write_text(CARD.format(base=base, r=config["r"]), encoding="utf-8")
+
+
+def unwrapped(model):
+    """The model inside torch.compile's or DistributedDataParallel's wrapper."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def saved_path(path):
+    """The path without the wrappers of compiled submodules."""
+    return ".".join(name for name in path.split(".") if name != "_orig_mod")
+
+
+def check_classes(layers):
+    """Raises ValueError if a layer is a variant, with more than A and B in PEFT's format."""
+    classes = {type(layer) for layer in layers.values()}
+    other = [each.__name__ for each in classes - set(known_classes().values())]
+    if other:
+        raise ValueError(
+            f"{some(other)} computes something else than LoRA: it cannot be saved in the "
+            "format of PEFT, or share a model with other adapters"
+        )
+
+
+def check_single_settings(layers):
+    """Raises ValueError if the layers differ in what the format has only one value for."""
+    for setting in ("use_rslora", "dropout"):
+        values = {getattr(layer, setting) for layer in layers.values()}
+        if len(values) > 1:
+            raise ValueError(
+                f"cannot save layers with different {setting} "
+                f"({some(map(str, values))}): the format of PEFT has a single value "
+                "for all layers"
+            )
+
+
+def adapter_config(layers):
+    """The content of adapter_config.json for {path: layer}."""
+    first = next(iter(layers.values()))
+    config = {
+        "peft_type": "LORA",
+        "bias": "none",
+        "r": first.r,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.use_rslora,
+        "fan_in_fan_out": True,         # of a Conv1D; PEFT corrects it for other layers
+        "inference_mode": True,
+        "target_modules": sorted(map(saved_path, layers)),
+    }
+    if len({(layer.r, layer.alpha) for layer in layers.values()}) > 1:
+        config["rank_pattern"] = {}
+        config["alpha_pattern"] = {}
+        # The first pattern that matches the end of a path counts: "2.0" must precede
+        # "0".
+        for path in sorted(layers, key=len, reverse=True):
+            pattern = re.escape(saved_path(path))
+            config["rank_pattern"][pattern] = layers[path].r
+            config["alpha_pattern"][pattern] = layers[path].alpha
+    return config
+
+
+# ---- reading -----------------------------------------------------------------------
+
+def load_lora(model, dir):
+    """lora_minimal.load_lora: put the adapter in `dir` into a model."""
+    model = unwrapped(model)
+    settings, state = read_adapter(dir)
+    check_fit(model, dir, settings, state)
+    existing = find_lora_layers(model)
+    if existing:
+        check_same_settings(existing, settings, dir, "call remove_lora(model) first")
+    else:
+        adapt_layers(model, settings, known_classes())
+    load_lora_state_dict(model, {name: state[name] for name in names_of(settings)})
+    return list(settings)
+
+
+def check_same_settings(existing, settings, dir, advice):
+    """Raises ValueError unless the adapter {path: layer} has the settings of the file."""
+    held = {}
+    for path, layer in existing.items():
+        held[path] = {
+            "r": layer.r,
+            "alpha": layer.alpha,
+            "use_rslora": layer.use_rslora,
+            "dropout": layer.dropout,
+        }
+    if held != settings:
+        raise ValueError(
+            f"{dir} differs from the adapter of this model in layers, r, alpha, "
+            f"rsLoRA or dropout; {advice}"
+        )
+
+
+def read_adapter(dir):
+    """Read an adapter directory without a model.
+
+    Returns {path: {"r", "alpha", "use_rslora", "dropout"}}, and the tensors
+    {"<path>.lora_A": tensor, ...}, with other tensors of the file under their names
+    in the model. Raises FileNotFoundError, or ValueError naming whatever would change
+    the result and is not supported.
+    """
+    for name in (files.ADAPTER_CONFIG, files.ADAPTER):
+        if not Path(dir, name).is_file():
+            raise FileNotFoundError(
+                f"{Path(dir, name)} does not exist; an adapter is "
+                f"{files.ADAPTER_CONFIG} and {files.ADAPTER}{advice_on_pickles(dir)}"
+            )
+    config_path = Path(dir, files.ADAPTER_CONFIG)
+    config = read_json(config_path)
+    refuse_other_adapters(config_path, config)
+    paths, state = read_state(Path(dir, files.ADAPTER))
+    deadline = time.monotonic() + 2.0       # a file must not be able to stop the program
+    try:
+        settings = {path: settings_for_path(config, path, deadline) for path in paths}
+    except (regex.error, AttributeError, TypeError, TimeoutError) as error:
+        raise ValueError(
+            f"{config_path}: rank_pattern or alpha_pattern cannot be used: {error!r}"
+        ) from error
+    return settings, state
+
+
+def refuse_other_adapters(config_path, config):
+    """Raises ValueError if adapter_config.json asks for what is not supported here."""
+    refused = []
+    for key, value in config.items():
+        if key in ALLOWED_VALUES:
+            supported = value in ALLOWED_VALUES[key]
+        else:
+            supported = key in USED | LAYER_CHOICE | NOTES or not value
+        if not supported:
+            refused.append(f"{key}={value!r}")
+    if refused:
+        raise ValueError(f"{config_path}: not supported here: {some(refused)}")
+    missing = (REQUIRED | {"peft_type"}) - config.keys()
+    if missing:
+        raise ValueError(f"{config_path} has no {some(missing)}")
+
+
+def read_state(path):
+    """Read adapter_model.safetensors.
+
+    Returns the paths of the layers, and {"<path>.lora_A": tensor, "<path>.lora_B":
+    tensor, ...}. Tensors of PEFT's that are not A or B keep their names, without the
+    prefix.
+    """
+    with open_tensors(path) as file:
+        tensors = read_all(file)
+    paths = {}
+    state = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; expected a float type")
+        layer, part = split_name(name)
+        ours = f"{layer}.{part}" if part else name
+        if ours in state:
+            raise ValueError(f"{path} has two tensors for {ours}")
+        state[ours] = tensor
+        if part:
+            paths[layer] = True
+    if not tensors:
+        raise ValueError(f"{path} is not a plain LoRA: it is empty")
+    missing = set(names_of(paths)) - state.keys()
+    if missing or not paths:
+        raise ValueError(f"{path} is not a plain LoRA: missing tensors {some(missing)}")
+    return list(paths), state
+
+
+def split_name(name):
+    """The layer's path and "lora_A" or "lora_B" of a tensor's name; (None, None) for others."""
+    if name.startswith(PREFIX):
+        for suffixes in (LINEAR_SUFFIXES, EMBEDDING_SUFFIXES):
+            for part, suffix in suffixes.items():
+                if name.endswith(suffix):
+                    return name.removeprefix(PREFIX).removesuffix(suffix), part
+    return None, None
+
+
+def names_of(paths):
+    """The names of the A's and B's of layers, in our form."""
+    names = []
+    for path in paths:
+        names += [f"{path}.lora_A", f"{path}.lora_B"]
+    return names
+
+
+def settings_for_path(config, path, deadline):
+    """The arguments of apply_lora for the layer at `path`."""
+    rank_pattern, alpha_pattern = config.get("rank_pattern"), config.get("alpha_pattern")
+    return {
+        "r": first_match(path, rank_pattern, config["r"], deadline),
+        "alpha": first_match(path, alpha_pattern, config["lora_alpha"], deadline),
+        "use_rslora": config.get("use_rslora", False),
+        "dropout": config.get("lora_dropout", 0.0),
+    }
+
+
+def first_match(path, patterns, default, deadline):
+    """The value of the first pattern {regular expression: value} that matches the end of path.
+
+    Raises TimeoutError after the deadline, in seconds of time.monotonic().
+    """
+    for pattern, value in (patterns or {}).items():
+        remaining = max(deadline - time.monotonic(), 0.001)
+        if regex.match(rf"(.*\.)?({pattern})$", path, timeout=remaining):
+            return value
+    return default
+
+
+def check_fit(model, dir, settings, state):
+    """Raises ValueError unless the model has layers of the shapes that the adapter needs.
+
+    PEFT may add copies of unchanged weights of the model, such as the embedding: they
+    are accepted if they are equal to the model's, and dropped.
+    """
+    modules = dict(model.named_modules())
+    classes = known_classes()
+    shapes = {}
+    for path, arguments in settings.items():
+        module = modules.get(path)
+        if type(module) not in classes and not is_lora(module):
+            raise ValueError(
+                f"{dir} adapts {path}, but this model has no linear layer or "
+                "embedding there; was it trained on another base?"
+            )
+        in_features, out_features = features(module)
+        shapes[f"{path}.lora_A"] = (arguments["r"], in_features)
+        shapes[f"{path}.lora_B"] = (out_features, arguments["r"])
+    others = state.keys() - shapes.keys()
+    changed = [name for name in others if not equals_own_weight(model, name, state[name])]
+    if changed:
+        raise ValueError(
+            f"{dir} is not a plain LoRA: unexpected tensors {some(changed)}, which "
+            "differ from the model's own"
+        )
+    check_state({name: state[name] for name in shapes}, shapes)
+
+
+def equals_own_weight(model, name, tensor):
+    """Whether a tensor of an adapter file is a copy of a weight of the model."""
+    own_name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    own = model.state_dict().get(own_name)
+    if own is None or own.shape != tensor.shape:
+        return False
+    return torch.equal(own.cpu().to(tensor.dtype), tensor)
+
+
+def features(module):
+    """(in, out) of a layer, whatever the orientation of its weight."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape)       # of an embedding or a Conv1D, both (in, out)

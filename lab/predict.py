@@ -1,0 +1,129 @@
+"""
+What a training step should cost, by arithmetic from the shapes.
+
+Letters: B windows of T tokens, C channels (n_embd), V vocabulary entries, r rank.
+"""
+from torch import nn
+
+from lora_minimal import LoRALinear
+
+
+def predict(step, x):
+    """Predict a train.Step on x (B, T): ({kind: bytes}, {part: operations})."""
+    return predict_memory(step, x), predict_operations(step, x)
+
+
+def linear_layers(model):
+    """All linear layers, the head included."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def adapted_layers(model):
+    """The linear layers that have LoRA."""
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+# ---- memory ------------------------------------------------------------------------
+
+def predict_memory(step, x):
+    """{"weights", "gradients", "optimizer", "activations": bytes} of a step on x (B, T)."""
+    trained = sum(p.nbytes for p in step.trained.values())
+    return {
+        "weights": sum(p.nbytes for p in step.model.parameters()),
+        "gradients": trained,
+        "optimizer": 2 * trained,           # AdamW's two running means
+        "activations": predict_activations(step, x),
+    }
+
+
+def predict_activations(step, x):
+    """Bytes that the forward pass on a micro-batch of x (B, T) keeps for backward.
+
+    Each kept tensor counts once, in the bytes of its dtype.
+    """
+    tokens = x.numel() // step.settings.accumulate
+    product_bytes = 2 if step.settings.dtype == "bfloat16" else 4
+    residual_bytes = next(step.model.parameters()).element_size()
+    sizes = (step.model, step.settings, product_bytes, residual_bytes)
+    total = tokens * (bytes_of_blocks(*sizes) + bytes_of_head(*sizes))
+    total += bytes_of_head_gradient(step.model, step.settings)
+    if product_bytes < residual_bytes and not step.settings.recompute:
+        total += bytes_of_casts(step.model, product_bytes)
+    return total
+
+
+def bytes_of_blocks(model, settings, product_bytes, residual_bytes):
+    """Bytes that all blocks keep for a token.
+
+    product_bytes are those of a number that a matrix product reads or writes,
+    residual_bytes those of a number in the residual stream.
+    """
+    config = model.config
+    C = config.n_embd
+    if settings.recompute:
+        return config.n_layer * residual_bytes * C      # the input of each block
+    layer_norms = 2 * residual_bytes * C + 2 * product_bytes * C    # inputs, outputs
+    layer_norms += 2 * 8                                # mean and 1/σ of two, in float32
+    attention = 4 * product_bytes * C                   # q, k, v, and the output
+    attention += 4 * config.n_head                      # a float32 log-sum-exp a head
+    mlp = 8 * product_bytes * C                         # before and after the GELU
+    dropout = 2 * C if settings.dropout else 0          # what was dropped, a byte each
+    total = config.n_layer * (layer_norms + attention + mlp + dropout)
+    ranks = sum(layer.r for layer in adapted_layers(model))
+    total += product_bytes * ranks                      # u = x Aᵀ
+    if not model.transformer.wte.weight.requires_grad:
+        total -= residual_bytes * C         # nothing before the blocks needs a gradient
+    return total
+
+
+def bytes_of_head(model, settings, product_bytes, residual_bytes):
+    """Bytes that the last layer norm, the head and the loss keep for a token."""
+    C, V = model.config.n_embd, model.config.vocab_size
+    total = residual_bytes * C + 8          # the layer norm's input, mean and 1/σ
+    if settings.loss_chunk or model.lm_head.weight.requires_grad:
+        total += product_bytes * C          # the head's input or, with chunks, gradient
+    if not settings.loss_chunk:
+        total += 4 * V                      # log-probabilities
+    return total
+
+
+def bytes_of_head_gradient(model, settings):
+    """Bytes of the head's gradient, if the chunked loss makes it in the forward pass."""
+    if settings.loss_chunk and model.lm_head.weight.requires_grad:
+        return 4 * model.config.vocab_size * model.config.n_embd
+    return 0
+
+
+def bytes_of_casts(model, product_bytes):
+    """Bytes of autocast's copies of the weights that autograd multiplies by."""
+    adapted = adapted_layers(model)
+    copied = [layer for layer in linear_layers(model) if layer not in adapted]
+    return product_bytes * sum(m.weight.numel() for m in copied if m is not model.lm_head)
+
+
+# ---- operations --------------------------------------------------------------------
+
+def predict_operations(step, x):
+    """Floating-point operations {part: count} of a step on x (B, T).
+
+    A product with a matrix of n numbers takes 2 n for each token, forward; as many
+    for the gradient of its input; and as many for the gradient of the matrix, which a
+    frozen one does not need. So LoRA saves up to a third. A and B add thin products:
+    u = x Aᵀ, v = g B, the gradients of A and B, and adding both to the results (or
+    folding them into W, which costs less).
+    """
+    model, config, tokens = step.model, step.model.config, x.numel()
+    linears = linear_layers(model)
+    trained = [layer for layer in linears if layer.weight.requires_grad]
+    products = 2 * tokens * sum(layer.weight.numel() for layer in linears)
+    # q kᵀ and p v, each over half of the T tokens on average.
+    attention = 2 * tokens * config.n_layer * config.n_embd * x.size(1)
+    adapted = adapted_layers(model)
+    thin = sum(m.r * (m.in_features + m.out_features) for m in adapted)
+    return {
+        "forward": products + attention,
+        "backward, inputs": products + 2 * attention,
+        "backward, weights": 2 * tokens * sum(m.weight.numel() for m in trained),
+        "thin products": 6 * tokens * thin,
+        "forward again": products + attention if step.settings.recompute else 0,
+    }

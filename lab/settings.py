@@ -1,0 +1,236 @@
+"""
+How a model is trained: the settings, and the recipes that choose them for a device.
+"""
+import sys
+from dataclasses import MISSING, dataclass, field, fields, replace
+
+import torch
+
+from gpt import GPTConfig
+from lab import parallel
+from lab.files import first_line
+
+LARGEST = 2**63 - 1     # what fits an int64
+
+
+class UsageError(ValueError):
+    """An invalid setting or command-line flag: the exit code is then 2."""
+
+
+def setting(help, default=MISSING):
+    """A field of Settings, with the text that --help shows for it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    """How a model is trained. Each field is also a flag of the command line.
+
+    Raises ValueError if a value is out of range.
+    """
+
+    steps: int = setting("optimizer steps")
+    batch_size: int = setting("windows of text in a step")
+    block_size: int = setting("tokens in a window")
+    lr: float = setting("peak learning rate of AdamW")
+    muon_lr: float = setting("peak learning rate of Muon; 0: AdamW trains everything", 0.0)
+    weight_decay: float = setting("weight decay", 0.1)
+    dropout: float = setting("dropout probability while training", 0.0)
+    warmup: float = setting("share of the steps before the peak learning rate", 0.05)
+    grad_clip: float = setting("clip the gradient norm to this; 0: no clipping", 1.0)
+    eval_every: int = setting("steps between evaluations on the held-out text", 50)
+    seed: int = setting("random seed for initialization, batch order and dropout", 1337)
+    dtype: str = setting("dtype of matrix products: float32 or bfloat16", "float32")
+    base_dtype: str = setting("dtype of the frozen base: float32 or bfloat16", "float32")
+    loss_chunk: int = setting("logits that the loss computes at once; 0: all", 0)
+    recompute: bool = setting("gradient checkpointing: recompute the blocks", False)
+    compile: bool = setting("torch.compile the model (needs a compiler)", False)
+    graph: bool = setting("on CUDA, capture the whole step in a graph", True)
+    accumulate: int = setting("micro-batches in a batch, to save memory", 1)
+    fsdp: bool = setting("divide the frozen base among processes", False)
+
+    def __post_init__(self):
+        for f in fields(self):
+            check_type(f, getattr(self, f.name))
+        for name in ("steps", "batch_size", "block_size", "eval_every", "accumulate"):
+            self.check_at_least(1, name)
+        for name in ("lr", "muon_lr", "weight_decay", "dropout", "warmup", "grad_clip",
+                     "seed", "loss_chunk"):
+            self.check_at_least(0, name)
+        for name in ("dropout", "warmup"):
+            value = getattr(self, name)
+            if value >= 1:
+                raise ValueError(f"{flag(name)} is {value}; it must be below 1")
+        for name in ("dtype", "base_dtype"):
+            value = getattr(self, name)
+            if value not in ("float32", "bfloat16"):
+                raise ValueError(f"{flag(name)} is {value!r}; expected float32 or bfloat16")
+
+    def check_at_least(self, least, name):
+        value = getattr(self, name)
+        largest = LARGEST if type(value) is int else sys.float_info.max
+        if not least <= value <= largest:
+            raise ValueError(f"{flag(name)} is {value}; expected a number from {least} up")
+
+    def check_processes(self):
+        """Raises ValueError if these settings do not fit the number of processes."""
+        if self.fsdp and parallel.world() == 1:
+            raise ValueError(
+                "--fsdp divides the base among processes; start several with torchrun "
+                "--nproc-per-node"
+            )
+        parts = self.accumulate * parallel.world()
+        if self.batch_size % parts != 0:
+            raise ValueError(
+                f"--batch-size {self.batch_size} must be a multiple of {parts}: "
+                f"{parallel.world()} processes times --accumulate {self.accumulate}"
+            )
+
+
+def flag(name):
+    """The command-line flag of a field: flag("batch_size") -> '--batch-size'."""
+    return "--" + name.replace("_", "-")
+
+
+def check_type(f, value):
+    """Raises ValueError if `value` is not of the type of the dataclass field f."""
+    allowed = (int, float) if f.type is float else (f.type,)
+    if type(value) not in allowed:
+        kind = "a number" if f.type is float else f"of type {f.type.__name__}"
+        raise ValueError(f"{flag(f.name)} is {value!r}; expected it to be {kind}")
+
+
+# What a kind of device trains in minutes, and how. The values were found by sweeps
+# over the rates.
+RECIPES = {
+    "cpu": {
+        "preset": "tiny",
+        "pretrain": dict(
+            steps=1100, batch_size=16, block_size=128, lr=8e-3, muon_lr=0.04, eval_every=100
+        ),
+        "full": dict(steps=100, batch_size=64, block_size=128, lr=1e-3, eval_every=10),
+        "lora": dict(
+            steps=100, batch_size=64, block_size=128, lr=1e-2, eval_every=10, weight_decay=0.0
+        ),
+    },
+    "gpu": {
+        "preset": "small",
+        "pretrain": dict(
+            steps=600, batch_size=64, block_size=256, lr=4e-3, muon_lr=0.04, dropout=0.2
+        ),
+        "full": dict(
+            steps=250, batch_size=32, block_size=256, lr=2e-4, eval_every=10, dropout=0.1
+        ),
+        "lora": dict(
+            steps=250, batch_size=32, block_size=256, lr=3e-3, eval_every=10, dropout=0.1,
+            weight_decay=0.0,
+        ),
+    },
+}
+
+
+def recipe(device):
+    """{"preset": a shape's name, "pretrain", "full", "lora": settings} for a device."""
+    return RECIPES["cpu" if torch.device(device).type == "cpu" else "gpu"]
+
+
+def settings_for(kind, device, **changes):
+    """The Settings of the recipe of `kind` ("pretrain", "full" or "lora"), with changes.
+
+    A change of None keeps the recipe's value. Raises UsageError for an unknown
+    setting or a value out of range.
+    """
+    unknown = changes.keys() - {f.name for f in fields(Settings)}
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise UsageError(f"unknown setting {names}; see train.py --help")
+    changes = {name: value for name, value in changes.items() if value is not None}
+    compiled = bool(changes.get("compile"))
+    values = dict(recipe(device)[kind])
+    values["loss_chunk"] = default_loss_chunk(device, head_trains=kind != "lora")
+    values["graph"] = not compiled
+    if has_bfloat16(device) and changes.get("dtype") != "float32":
+        values["dtype"] = "bfloat16"
+        # With a float32 base the compiler fuses the folding of W + s B A: a compiled
+        # step takes 15.0 ms instead of 16.9 (124M parameters, H200).
+        values["base_dtype"] = "float32" if compiled else "bfloat16"
+    values |= changes
+    if kind != "lora":
+        values["base_dtype"] = "float32"    # bfloat16 would lose small updates
+    try:
+        settings = Settings(**values)
+        settings.check_processes()
+    except ValueError as error:
+        raise UsageError(error) from error
+    return settings
+
+
+def fit_to_base(settings, config, device, chosen):
+    """Adapt block_size and lr to the base, unless they were chosen. Returns Settings.
+
+    A base wider than that of the recipe gets a smaller learning rate, in proportion
+    to its width: a heuristic after μP (Yang et al. 2022, arXiv 2203.03466), which
+    derives 1 / width for the hidden matrices of a model.
+    """
+    if settings.block_size > config.block_size:
+        if chosen.get("block_size") is not None:
+            raise UsageError(
+                f"--block-size {settings.block_size} exceeds the base model's "
+                f"{config.block_size}; use at most that"
+            )
+        settings = replace(settings, block_size=config.block_size)
+    if chosen.get("lr") is None:
+        width_of_recipe = GPTConfig.preset(recipe(device)["preset"]).n_embd
+        narrow = min(1.0, width_of_recipe / config.n_embd)
+        settings = replace(settings, lr=settings.lr * narrow)
+    return settings
+
+
+def settings_of(record):
+    """The Settings of a finished run."""
+    return Settings(**record["asked"]["settings"])
+
+
+def has_bfloat16(device):
+    """Whether the device is a GPU that computes in bfloat16."""
+    is_cuda = torch.device(device).type == "cuda"
+    return is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def default_loss_chunk(device, head_trains):
+    """How many logits the loss computes at a time.
+
+    Small chunks fit in a CPU's cache and save GPU memory: a LoRA step of 8 × 1024
+    tokens with 124M parameters on an H200 took 19.9, 19.0, 18.8 ms and 3.0, 3.3, 3.7
+    GB with 2^24, 2^25, 2^26. A head that trains adds up its gradient chunk by chunk,
+    which costs one pass over the head each: full fine-tuning took 29.3 ms with 2^24,
+    and 25.7 with 2^26 or with all logits at once.
+    """
+    device_type = torch.device(device).type
+    if device_type == "cpu":
+        return 2**20
+    if device_type == "cuda":
+        return 2**26 if head_trains else 2**25
+    return 2**22
+
+
+def pick_device(name=None):
+    """The device of this name, or the best there is. Raises UsageError if it does not work.
+
+    Under torchrun "cuda" is the GPU of this process.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if parallel.launched_by_torchrun():
+        if name == "cuda":
+            name = parallel.own_device()
+        elif name != "cpu" and name != parallel.own_device():
+            raise UsageError(f"--device {name}: several processes need --device cuda or cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name} cannot be used: {first_line(error)}") from error
+    return name
