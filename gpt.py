@@ -268,12 +268,13 @@ class GPT(nn.Module):
                 "one token a row"
             )
         check_sampling(max_new_tokens, temperature, top_k, top_p)
-        was_training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             return self.continue_rows(idx, max_new_tokens, temperature, top_k, top_p, stop_token)
         finally:
-            self.train(was_training)
+            for module, was_training in modes:
+                module.training = was_training
 
     def continue_rows(self, idx, max_new_tokens, temperature, top_k, top_p, stop_token):
         """The loop of generate(): logits, sample, append.
@@ -351,7 +352,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     the k most likely tokens, top_p the smallest set of tokens whose probabilities sum
     to at least p (Holtzman et al. 2020, §3.1). Draws with torch's global generator.
     """
-    if temperature == 0:
+    if temperature < 1e-6:                      # closer to greedy than float32 can tell
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -360,7 +361,9 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None:
         ordered, order = logits.sort(descending=True)                           # (B, V) each
         p = ordered.softmax(dim=-1)
-        p_before = p.cumsum(dim=-1) - p             # the probability of all more likely tokens
-        ordered = ordered.masked_fill(p_before >= top_p, -math.inf)
+        p_before = p.cumsum(dim=-1) - p         # the probability of all more likely tokens
+        beyond = p_before >= top_p
+        beyond[:, 0] = False                    # the most likely token always stays
+        ordered = ordered.masked_fill(beyond, -math.inf)
         logits = torch.full_like(logits, -math.inf).scatter(1, order, ordered)
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1)             # (B, 1)

@@ -24,11 +24,13 @@ often no faster than full fine-tuning.
 """
 import math
 import sys
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 
@@ -104,6 +106,9 @@ class LoRALinear(nn.Linear):
         nn.Module._load_from_state_dict(self, *args, **kwargs)
 
 
+LORA_ATTRIBUTES = ("scaling", "r", "alpha", "dropout", "use_rslora", "fast")
+
+
 def init_settings(layer, r, alpha, dropout, use_rslora):
     """Set what a LoRA layer has besides W, A and B.
 
@@ -111,13 +116,17 @@ def init_settings(layer, r, alpha, dropout, use_rslora):
     (§4.1). For large r it makes the update too small; rsLoRA divides by √r instead
     (Kalajdzievski 2023, arXiv 2312.03732).
     """
-    layer.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
+    layer.scaling = scaling_of(r, alpha, use_rslora)
     layer.r, layer.alpha = r, alpha
     layer.dropout, layer.use_rslora = dropout, use_rslora
     layer.fast = True                       # use product() where it applies
     # Buffers move with the model. Neither of these is part of the state dict.
     layer.register_buffer("rank_mask", None, persistent=False)          # see mask_ranks
     layer.register_buffer("unmerged_weight", None, persistent=False)    # see merge
+
+
+def scaling_of(r, alpha, use_rslora):
+    return alpha / math.sqrt(r) if use_rslora else alpha / r
 
 
 # ---- LoRA on a model ---------------------------------------------------------------
@@ -147,31 +156,44 @@ def apply_lora(model, r=8, alpha=16, target_modules=("c_attn", "c_proj", "c_fc")
 def adapt_layers(model, settings, lora_classes):
     """Adapt each path of settings {path: {"r", "alpha", "dropout", "use_rslora"}}.
 
-    Everything is checked before anything is changed.
+    Everything is checked, and all layers are made, before anything is changed.
     """
+    check_model(model)
+    new_layers = {}
     for path, arguments in settings.items():
         check_settings(**arguments)
         check_can_adapt(model, path, lora_classes)
-    model.requires_grad_(False)
     for path, arguments in settings.items():
         base = model.get_submodule(path)
-        replace_layer(model, path, lora_classes[type(base)](base, **arguments))
+        new_layers[path] = lora_classes[type(base)](base, **arguments)
+    model.requires_grad_(False)
+    for path, layer in new_layers.items():
+        replace_layer(model, path, layer)
     for layer in find_lora_layers(model).values():
         for name, p in layer.named_parameters(recurse=False):
             p.requires_grad_(name not in ("weight", "bias"))
 
 
 def replace_layer(model, path, new_layer):
-    """Put new_layer in the place of the layer at `path`, with its mode, hooks and buffers."""
+    """Put new_layer in the place of the layer at `path`, with what else that has.
+
+    That is its mode, hooks, buffers, and attributes of its own.
+    """
     old = model.get_submodule(path)
     new_layer.training = old.training
     for name, value in vars(old).items():
-        if "hook" in name:                  # share the dicts of hooks, so that the handles
-            vars(new_layer)[name] = value   # that the caller has can still remove them
+        # The dicts of hooks are shared, so that the caller's handles can still remove
+        # them.
+        is_new = name not in vars(new_layer) and name not in LORA_ATTRIBUTES
+        if is_new or "hook" in name:
+            vars(new_layer)[name] = value
     for name, buffer in old.named_buffers(recurse=False):
         if name not in ("rank_mask", "unmerged_weight"):
             persistent = name not in old._non_persistent_buffers_set
             new_layer.register_buffer(name, buffer, persistent)
+    for hook in new_layer._load_state_dict_pre_hooks.values():
+        if hook.with_module:
+            hook.module = weakref.ref(new_layer)
     model.set_submodule(path, new_layer)
 
 
@@ -190,6 +212,12 @@ def lora_layers(model):
     layers = find_lora_layers(model)
     if not layers:
         raise ValueError("this model has no LoRA layers; call apply_lora or load_lora first")
+    for path, layer in layers.items():
+        if "weight" not in layer._parameters or "forward" in vars(layer):
+            raise ValueError(
+                f"{path} was changed after apply_lora (pruned, parametrized, given "
+                "another forward, ...); undo that first"
+            )
     return layers
 
 
@@ -412,12 +440,20 @@ def known_classes(layers=None):
     return known | (layers or {})
 
 
+def check_model(model):
+    """Raises ValueError if LoRA cannot be applied to any layer of the model now."""
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError("apply LoRA first, and then wrap the model in DistributedDataParallel")
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise ValueError("the model has lazy layers; run it once, so that they get their shapes")
+
+
 def check_settings(r, alpha, dropout, use_rslora):
     """Raises ValueError if a setting is not of its type, or out of range."""
-    if type(r) is not int or r < 1:
+    if type(r) is not int or not 1 <= r < 2**31:
         raise ValueError(f"r is {r!r}; the rank must be a positive integer")
-    if not is_number(alpha) or not 0 < alpha <= sys.float_info.max:
-        raise ValueError(f"alpha is {alpha!r}; expected a positive, finite number")
+    if not is_number(alpha) or not 0 < alpha <= torch.finfo(torch.float32).max:
+        raise ValueError(f"alpha is {alpha!r}; expected a positive number within float32")
     if not is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}; expected a number in [0, 1)")
     if type(use_rslora) is not bool:
@@ -432,6 +468,8 @@ def find_targets(model, target_modules, lora_classes):
     """The paths that the targets match. Raises ValueError if one matches nothing."""
     if isinstance(target_modules, str) and target_modules != "all-linear":
         target_modules = [target_modules]
+    if not isinstance(target_modules, (str, list, tuple, set)):
+        raise ValueError(f"target_modules is {target_modules!r}; expected a list of names")
     found = {}
     if target_modules == "all-linear":
         found = dict.fromkeys(all_linear(model, lora_classes))
@@ -458,16 +496,19 @@ def ends_with(path, target):
 
 
 def all_linear(model, lora_classes):
-    """The paths of all linear layers, without the head and those that share their weight."""
-    head = None
-    if hasattr(model, "get_output_embeddings"):         # of transformers' models
-        head = model.get_output_embeddings()
+    """The paths of all linear layers, without heads and those that share their weight."""
+    heads = set()
+    for module in model.modules():
+        if hasattr(module, "get_output_embeddings"):        # of transformers' models
+            heads.add(module.get_output_embeddings())
+        if type(module).__name__.endswith("ForSequenceClassification"):
+            heads |= {getattr(module, name, None) for name in ("score", "classifier")}
     uses = weight_uses(model)
     paths = []
     for path, module in model.named_modules():
         known = type(module) in lora_classes or is_lora(module)
         is_linear = known and not isinstance(module, nn.Embedding)
-        if is_linear and module is not head and uses[id(module.weight)] == 1:
+        if is_linear and module not in heads and uses[id(module.weight)] == 1:
             paths.append(path)
     return paths
 
@@ -500,20 +541,34 @@ def reason_against_lora(model, path, lora_classes):
         return f"it is a {kind}, not an nn.Linear or nn.Embedding; {names}"
     if "forward" in vars(module):
         return "it has a forward of its own (an offloading hook?), which bypasses LoRA"
+    if parent is module:
+        return "it is the model itself; put it into an nn.Sequential"
+    return reason_against_parent(parent) or reason_against_parameters(model, module)
+
+
+def reason_against_parent(parent):
+    """Why the layers inside a module may not be called, or None."""
+    if hasattr(parent, "_orig_mod"):
+        return "it is compiled on its own; compile the model after apply_lora"
     fast_path = torch.backends.mha.get_fastpath_enabled()
     if fast_path and isinstance(parent, nn.TransformerEncoderLayer):
         return (
             "nn.TransformerEncoderLayer reads its weight without calling it; call "
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
-    return reason_against_weight(model, module)
+    if "Mamba" in type(parent).__name__:
+        return "its module reads the weights of layers without calling them"
+    return None
 
 
-def reason_against_weight(model, module):
-    """Why the weight of a module cannot have an update beside it, or None."""
+def reason_against_parameters(model, module):
+    """Why the parameters of a module cannot have an update beside them, or None."""
     weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed (weight_norm, pruning, ...), not a parameter"
+    computed = {"bias"} - module._parameters.keys() if hasattr(module, "bias") else set()
+    if weight is None or computed:
+        return "its weight or bias is computed (weight_norm, pruning, ...), not a parameter"
+    if module._parameters.keys() - {"weight", "bias"} or module._modules:
+        return "it has parameters or modules beside its weight and bias"
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"its weight is {weight.dtype}; convert it to a float type first"
     if weight_uses(model)[id(weight)] > 1:
@@ -649,21 +704,33 @@ def product_applies(layer, x):
     """Whether LoRAProduct can be used for x.
 
     It supports no dropout, trainable W or b, masks, mixed dtypes without autocast,
-    empty or meta tensors, torch.func transforms, or export. definition() supports all
-    of them.
+    empty, meta, sparse or nested tensors, torch.func transforms, or export.
+    definition() supports all that nn.Linear does.
     """
-    if not layer.fast or layer.rank_mask is not None or x.numel() == 0 or x.is_meta:
+    if not layer.fast or layer.rank_mask is not None:
+        return False
+    if x.is_nested or x.layout != torch.strided or x.numel() == 0 or x.is_meta:
         return False
     if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
         return False
     if layer.training and layer.dropout > 0:
         return False
-    if x.dtype != layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return False
+    return dtypes_fit(layer, x) and not looks_inside()
+
+
+def dtypes_fit(layer, x):
+    """Whether the product's dtype is that of nn.Linear."""
+    if torch.is_autocast_enabled(x.device.type):
+        return layer.weight.dtype != torch.float64      # autocast leaves float64 alone
+    return x.dtype == layer.weight.dtype
+
+
+def looks_inside():
+    """Whether a transform or tracer is active that does not take a Function as it is."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
     # torch.compile takes LoRAProduct as it is; torch.export, without it, looks inside.
-    return torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting()
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 class LoRAProduct(torch.autograd.Function):
@@ -721,7 +788,7 @@ class LoRAProduct(torch.autograd.Function):
         ctx.s = s
         ctx.x_shape = x.shape
         ctx.x_dtype, ctx.A_dtype, ctx.B_dtype = x.dtype, A.dtype, B.dtype
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], W.size(0))
 
     @staticmethod
     def backward(ctx, g):
@@ -731,7 +798,7 @@ class LoRAProduct(torch.autograd.Function):
                 "False has"
             )
         rows, u, W, A_low, sBt = ctx.saved_tensors
-        g = g.reshape(-1, g.size(-1))                               # (N, out)
+        g = g.reshape(len(rows), W.size(0))                         # (N, out)
         v = g @ sBt.t()                                             # (N, r)
         dA = v.t() @ rows                                           # (r, in)
         dB = scaled_product(u.t(), g, ctx.s).t()                    # (out, r)

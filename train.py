@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from data import Batches, read_text, tokenize
+from data import HELDOUT, Batches, read_text, tokenize
 from data.bpe import train_bpe
 from gpt import GPT, PRESETS, GPTConfig, plain_loss
 from lab import cli
@@ -49,12 +49,13 @@ from lab.comparison import (
     write_comparison,
     write_voices,
 )
-from lab.console import WIDTH, device_name, headline, say, side_by_side
-from lab.files import COMPARISON, COMPARISON_PICTURE, VOICES
+from lab.console import WIDTH, device_name, headline, say, shell_quoted, side_by_side
+from lab.files import COMPARISON, COMPARISON_PICTURE, VOICES, without_password
 from lab.gpt2_files import fingerprint
 from lab.models import (
     PROMPT,
     add_lora,
+    check_text_of_base,
     continue_text,
     keep_apart,
     load_corpus,
@@ -62,18 +63,29 @@ from lab.models import (
     load_voices,
     merge,
     sample,
+    sample_line,
+    save_adapter,
     save_model,
+    text_of_base,
 )
 from lab.optimizers import make_optimizers, scale_learning_rates, step_unless
-from lab.parallel import Averaging, from_first, seed_of_step, shard, share_of, world
+from lab.parallel import (
+    Averaging,
+    check_equal,
+    from_first,
+    seed_of_step,
+    shard,
+    share_of,
+    together,
+    world,
+)
 from lab.progress import Progress
 from lab.report import METHODS, describe, say_model, say_point, say_text, say_trained
-from lab.runs import MAY, NEVER, open_run
+from lab.runs import MAY, NEVER, open_run, refuse_foreign_model
 from lab.settings import UsageError, fit_to_base, pick_device, recipe, settings_for, settings_of
-from lora_minimal import lora_parameters, save_lora
+from lora_minimal import lora_parameters
 
 TARGETS = ("c_attn", "c_proj", "c_fc")      # all linear layers of a block
-BASE_SHARE, STYLE_SHARE = 0.05, 0.1         # of a text, to hold out
 
 
 # ---- training ----------------------------------------------------------------------
@@ -249,13 +261,16 @@ def pretrain(data, out, preset=None, prompt=PROMPT, device=None, resume=NEVER, f
     """
     device = pick_device(device)
     cache_dir = cache_dir or out
+    if not fresh:
+        refuse_foreign_model(out)
     settings = settings_for("pretrain", device, **chosen)
     preset = preset or recipe(device)["preset"]
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
-    text = read_text(data, BASE_SHARE, Path(cache_dir, "downloads"))
+    text = together(read_text, data, HELDOUT, Path(cache_dir, "downloads"), refresh=fresh)
     encoding = train_bpe(text.all_train[:2**24])        # enough text to know its words
     corpus = tokenize(text, encoding, Path(cache_dir, "tokens"), settings.block_size)
+    check_equal(corpus.digest, "texts")
     say_text(text, corpus, encoding)
     config = GPTConfig.preset(
         preset, vocab_size=encoding.n_vocab, block_size=settings.block_size,
@@ -263,7 +278,7 @@ def pretrain(data, out, preset=None, prompt=PROMPT, device=None, resume=NEVER, f
     )
     # What is asked for is saved in training.json: later calls must ask for the same.
     asked = {
-        "data": str(data), "corpus": corpus.digest, "shape": asdict(config),
+        "data": without_password(str(data)), "corpus": corpus.digest, "shape": asdict(config),
         "settings": asdict(settings),
     }
     with open_run(out, asked, resume, fresh) as run:
@@ -274,8 +289,7 @@ def pretrain(data, out, preset=None, prompt=PROMPT, device=None, resume=NEVER, f
         say_model(model, settings)
 
         def watch(point):
-            [written] = continue_text(model, encoding, prompt, 30, seed=0)
-            line = describe(point) + "  " + written.replace("\n", " ")
+            line = describe(point) + "  " + sample_line(model, encoding, prompt)
             say(line[:WIDTH])
 
         curve = train(model, corpus, settings, out, run.resuming, watch, save_every)
@@ -296,13 +310,19 @@ def tune(base, data, out, method="lora", r=8, alpha=16.0, target_modules=TARGETS
     keep_apart(out, base)
     device = pick_device(device)
     cache_dir = cache_dir or out
+    if not fresh:
+        refuse_foreign_model(out)
     settings = settings_for(method, device, **chosen)
     if settings.fsdp and method == "full":
         raise UsageError("--fsdp divides a frozen base; it needs --method lora")
     where = "cpu" if settings.fsdp else device
-    model, encoding, _ = load_model(base, where, settings.dropout, settings.base_dtype)
+    model, encoding, _ = together(
+        load_model, base, where, settings.dropout, settings.base_dtype
+    )
     settings = fit_to_base(settings, model.config, device, chosen)
-    corpus = load_corpus(data, STYLE_SHARE, encoding, cache_dir, settings.block_size)
+    corpus = together(load_corpus, data, encoding, cache_dir, settings.block_size, fresh)
+    check_equal(corpus.digest, "texts")
+    check_equal(fingerprint(base), "base models")
     torch.manual_seed(settings.seed)
     lora = None
     if method == "lora":
@@ -311,8 +331,8 @@ def tune(base, data, out, method="lora", r=8, alpha=16.0, target_modules=TARGETS
         lora = {"r": r, "alpha": alpha, "target_modules": target_modules}
         add_lora(model, lora)
     asked = {
-        "data": str(data), "corpus": corpus.digest, "base": fingerprint(base), "lora": lora,
-        "settings": asdict(settings),
+        "data": without_password(str(data)), "corpus": corpus.digest,
+        "base": fingerprint(base), "lora": lora, "settings": asdict(settings),
     }
     with open_run(out, asked, resume, fresh) as run:
         if run.record is not None:
@@ -324,7 +344,7 @@ def tune(base, data, out, method="lora", r=8, alpha=16.0, target_modules=TARGETS
         if lora is None:
             from_first(save_model, model, encoding, out)
         else:
-            from_first(save_lora, model, out, base_model_name_or_path=str(base))
+            from_first(save_adapter, model, out, base)
         return run.finish(curve)
 
 
@@ -338,16 +358,16 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
     Returns the report written to comparison.json.
     """
     device = pick_device(device)
-    base_model, encoding, trained_on = load_model(base, device)
-    base_data = base_data or trained_on or "tales"
-    read_text(base_data, BASE_SHARE, Path(out, "downloads"))    # if it is missing, fail now
+    base_model, encoding, _ = load_model(base, device)
+    base_text = text_of_base(base, base_data)
+    load_corpus(base_text, encoding, out, block_size=1)         # if it is missing, fail now
     records = tune_both_ways(base, data, out, device, options)
 
     headline("The comparison (measuring memory and time, both methods in turn ...)")
     settings = settings_of(records["lora"])
     corpora = {
-        "style": load_corpus(data, STYLE_SHARE, encoding, out, settings.block_size),
-        "base": load_corpus(base_data, BASE_SHARE, encoding, out, settings.block_size),
+        "style": load_corpus(data, encoding, out, settings.block_size),
+        "base": load_corpus(base_text, encoding, out, settings.block_size),
     }
 
     def bpb(model, text):
@@ -358,7 +378,8 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
     qualities = quality(base_model, tuned, records, out, bpb)
     base_bpb = bpb(base_model, "base")
     report = comparison_report(base_model, base_bpb, records, costs, qualities, device)
-    style, base_name = Path(data).stem, Path(base_data).stem
+    check_text_of_base(base, base_data, corpora["base"])
+    style, base_name = Path(data).stem, Path(base_text).stem
     write_comparison(report, records, style, out)
     print_comparison(report, predicted, records, style, base_name)
 
@@ -370,7 +391,8 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
     }
     print_samples(models, encoding, prompt)
     say(f"Written: {Path(out, COMPARISON)} and {Path(out, COMPARISON_PICTURE)}. Now try:\n"
-        f'  python train.py sample --base {base} --adapter {Path(out, "lora")} --prompt "Once"')
+        f'  python train.py sample --base {shell_quoted(base)} --adapter '
+        f'{shell_quoted(Path(out, "lora"))} --prompt "Once"')
     return report
 
 
@@ -408,15 +430,13 @@ def voices(data=("pirate", "bard", "noir"), out="out", base=None, base_data=None
         records[voice] = tune(base, source, Path(out, voice), **options)
 
     headline("One base, many voices")
-    model, encoding, trained_on = load_model(base, device)
+    model, encoding, _ = load_model(base, device)
     settings = settings_of(next(iter(records.values())))
-    base_data = base_data or trained_on or "tales"
-    texts = {Path(base_data).stem: (base_data, BASE_SHARE)}
-    for voice, source in sources.items():
-        texts[voice] = (source, STYLE_SHARE)
+    base_text = text_of_base(base, base_data)
     corpora = {}
-    for name, (source, share) in texts.items():
-        corpora[name] = load_corpus(source, share, encoding, out, settings.block_size)
+    for name, source in ({Path(base_text).stem: base_text} | sources).items():
+        corpora[name] = load_corpus(source, encoding, out, settings.block_size)
+    check_text_of_base(base, base_data, corpora[Path(base_text).stem])
     dirs = {voice: Path(out, voice) for voice in sources}
     adapters = load_voices(model, base, dirs)
 
@@ -431,9 +451,9 @@ def voices(data=("pirate", "bard", "noir"), out="out", base=None, base_data=None
     adapters.use([None, *dirs])
     rows = continue_text(model, encoding, prompt, 100, seed=0, rows=1 + len(dirs))
     say(side_by_side(dict(zip(report["bpb"], rows)), WIDTH))
-    flags = " ".join(f"--adapter {dir}" for dir in dirs.values())
+    flags = " ".join(f"--adapter {shell_quoted(dir)}" for dir in dirs.values())
     say(f'\nWritten: {Path(out, VOICES)}. Now try:\n'
-        f'  python train.py sample --base {base} {flags} --prompt "Once"')
+        f'  python train.py sample --base {shell_quoted(base)} {flags} --prompt "Once"')
     return report
 
 

@@ -22,11 +22,13 @@ import torch
 from tqdm import tqdm
 
 from data.bpe import EOT
-from lab.files import download, replacing
+from lab.files import download, replacing, sha256_of, without_password
 
 BUILT_IN = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.txt"))}
 SPLIT_SEED = 1337           # of the held-out stories: the same whatever the --seed
-LARGEST_HELDOUT = 2**19     # bytes: cap the held-out text so that evaluation stays fast
+LARGEST_HELDOUT = 2**17     # bytes: cap the held-out text so that evaluation stays fast
+LONGEST_STORY = 2**14       # characters: a longer one is cut into passages
+HELDOUT = 0.1               # the share of a text to hold out, in every command
 
 
 # ---- from a text to stories --------------------------------------------------------
@@ -63,48 +65,54 @@ class Text:
         return sum(piece.size for piece in self.heldout)
 
 
-def read_text(source, heldout, download_dir):
+def read_text(source, heldout, download_dir, refresh=False):
     """Read a text, and hold out a share of it. Returns a Text.
 
     source      the name of a built-in text, the path of a UTF-8 file, or an http(s) URL,
                 which is kept in download_dir
-    heldout     the share of the pieces to hold out, between 0 and 1; at least one is. They
-                are drawn with a fixed seed
+    heldout     the share of the pieces to hold out, between 0 and 1; at least one is.
+                What a smaller share holds out, a larger one does as well
+    refresh     download a URL again
 
-    <|endoftext|> separates stories. A text with fewer than 20 stories is cut into
-    passages: see cut_into_passages. Raises FileNotFoundError, or ValueError if the
-    text is empty, binary, not UTF-8 or too short, or heldout is out of range.
+    <|endoftext|> separates stories. Long stories, and all stories of a text with
+    fewer than 20, are cut into passages: see cut_into_passages. Raises
+    FileNotFoundError, or ValueError if the text is empty, binary, not UTF-8 or too
+    short, or heldout is out of range.
     """
     if not 0 < heldout < 1:
         raise ValueError(f"heldout is {heldout}; expected a share between 0 and 1")
-    path = find_text(str(source), download_dir)
-    pieces = cut_into_pieces(decode(path), path)
-    if len(pieces) < 2:
-        raise ValueError(
-            f"{path} is too short: it is a single passage, and one must be held out. "
-            "Give at least a few thousand characters"
-        )
+    path = find_text(str(source), download_dir, refresh)
+    try:
+        pieces = cut_into_pieces(decode(path), path)
+    except ValueError:
+        if is_url(source):
+            path.unlink()               # so that the next run downloads it again
+        raise
     aside = choose_heldout(pieces, heldout)
     digest = hashlib.sha256(repr(sorted(aside)).encode())
     for piece in pieces:
         digest.update(piece.text.encode() + (b"\0" if piece.ends_story else b"\1"))
     return Text(
-        name=str(source),
+        name=without_password(str(source)),
         train=[piece for i, piece in enumerate(pieces) if i not in aside],
         heldout=[piece for i, piece in enumerate(pieces) if i in aside],
         digest=digest.hexdigest(),
     )
 
 
-def find_text(source, download_dir):
+def is_url(source):
+    return urlsplit(str(source)).scheme in ("http", "https")
+
+
+def find_text(source, download_dir, refresh=False):
     """The file of a built-in name, a path or a URL. Raises FileNotFoundError."""
     if source in BUILT_IN:
         return BUILT_IN[source]
     path = Path(source)
-    if urlsplit(source).scheme in ("http", "https"):
+    if is_url(source):
         name = hashlib.sha256(source.encode()).hexdigest()[:16] + ".txt"
         path = Path(download_dir, name)
-        if not path.exists():
+        if refresh or not path.exists():
             download(source, path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -136,13 +144,19 @@ def cut_into_pieces(content, path):
     stories = [story.strip("\n") for story in content.split(EOT) if story.strip()]
     if not stories:
         raise ValueError(f"{path} is empty; expected a text to learn from")
-    if len(stories) >= 20:
-        return [Piece(story, ends_story=True) for story in stories]
     pieces = []
     for story in stories:
-        *first, last = cut_into_passages(story)
+        passages = [story]
+        if len(stories) < 20 or len(story) > LONGEST_STORY:
+            passages = cut_into_passages(story)
+        *first, last = passages
         pieces += [Piece(passage, ends_story=False) for passage in first]
         pieces.append(Piece(last, ends_story=True))
+    if len(pieces) < 2:
+        raise ValueError(
+            f"{path} is too short: it is a single passage, and one must be held out. "
+            "Give at least a few thousand characters"
+        )
     return pieces
 
 
@@ -161,15 +175,22 @@ def cut_into_passages(story):
 
 
 def choose_heldout(pieces, share):
-    """The indices of the pieces to hold out: a share of them, at most LARGEST_HELDOUT."""
-    wanted = max(1, round(share * len(pieces)))
+    """The indices of the pieces to hold out: a share of them, at most LARGEST_HELDOUT bytes.
+
+    The pieces stand in a fixed order, and a larger share goes further in it, so that
+    what one command holds out no other command trains on.
+    """
+    indices = range(len(pieces))
+    rng = random.Random(SPLIT_SEED)
+    order = rng.sample(indices, max(1, round(HELDOUT * len(pieces))))
+    order += rng.sample(indices, len(pieces))
+    order = list(dict.fromkeys(order))              # each piece once
     aside = set()
     size = 0
-    for i in random.Random(SPLIT_SEED).sample(range(len(pieces)), wanted):
-        size += pieces[i].size
-        if aside and size > LARGEST_HELDOUT:
-            break
-        aside.add(i)
+    for i in order[:max(1, round(share * len(pieces)))]:
+        if size + pieces[i].size <= LARGEST_HELDOUT:
+            aside.add(i)
+            size += pieces[i].size
     return aside
 
 
@@ -205,22 +226,21 @@ class Corpus:
 
 
 def tokenize(text, encoding, cache_dir, block_size):
-    """Encode a Text. Returns a Corpus of memory-mapped arrays, in files that are made
-    only once.
+    """Encode a Text. Returns a Corpus of memory-mapped arrays, in files that are made once.
 
     The names of the files contain a hash of the text, the split and the tokenizer, so
-    a changed text is never read from an old file. Raises ValueError if the training
-    text is shorter than four blocks of block_size tokens.
+    a changed text is never read from an old file; a damaged file is made again.
+    Raises ValueError if the training text is shorter than four blocks of block_size
+    tokens.
     """
     vocabulary = repr(sorted(encoding._mergeable_ranks.items())).encode()
     digest = hashlib.sha256(text.digest.encode() + vocabulary).hexdigest()[:16]
     arrays = {}
     for part, pieces in (("train", text.train), ("heldout", text.heldout)):
         path = Path(cache_dir, f"{digest}-{part}.npy")
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, encode(pieces, encoding, text.name))
+        if not is_intact(path):
+            tokens = encode(pieces, encoding, text.name)
+            write_array(path, tokens)
         arrays[part] = np.load(path, mmap_mode="r")
     n_train, least = len(arrays["train"]), 4 * block_size
     if n_train < least:
@@ -230,6 +250,23 @@ def tokenize(text, encoding, cache_dir, block_size):
             "smaller --block-size"
         )
     return Corpus(text.name, **arrays, heldout_bytes=text.heldout_bytes, digest=digest)
+
+
+def write_array(path, array):
+    """Write an array (.npy), and its hash into a file beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+    with replacing(path.with_suffix(".sha256")) as temporary:
+        temporary.write_text(sha256_of(path), encoding="ascii")
+
+
+def is_intact(path):
+    """Whether a file is what write_array has written."""
+    hash_path = path.with_suffix(".sha256")
+    if not path.is_file() or not hash_path.is_file():
+        return False
+    return hash_path.read_bytes() == sha256_of(path).encode()
 
 
 def encode(pieces, encoding, name):

@@ -73,10 +73,10 @@ def merge_pair(word, pair, new_token):
 def train_bpe(text, vocab_size=2048):
     """Learn vocab_size entries: 256 bytes, the merges in order, and last <|endoftext|>.
 
-    Returns a tiktoken.Encoding. Deterministic: of equally frequent pairs, the one with the
-    smaller token numbers is merged. If no pair occurs twice any more, training stops early with
-    a smaller vocabulary. The text must not contain <|endoftext|>. Shows progress. Raises
-    ValueError for a vocab_size < 257.
+    Returns a tiktoken.Encoding. Deterministic: of equally frequent pairs, the one
+    with the smaller token numbers is merged. If no pair occurs twice any more,
+    training stops early with a smaller vocabulary. The text must not contain
+    <|endoftext|>. Shows progress. Raises ValueError for a vocab_size < 257.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and {EOT} make at least 257")
@@ -98,10 +98,10 @@ END = -1        # in the place of a token: before and after a word, and where on
 class PairCounts:
     """How often each pair occurs, kept up to date while pairs are merged.
 
-    All words lie in one list of tokens, each token linked to the next one and the one before.
-    Merging a pair changes only the tokens beside its occurrences, so all merges together take
-    time in proportion to the occurrences: 1 s for 2.4 MB of English, where counting everything
-    after each of 1,791 merges takes minutes.
+    All words lie in one list of tokens, each token linked to the next one and the one
+    before. Merging a pair changes only the tokens beside its occurrences, so all
+    merges together take time in proportion to the occurrences: 1 s for 2.4 MB of
+    English, where counting everything after each of 1,791 merges takes minutes.
     """
 
     def __init__(self, words):

@@ -114,21 +114,29 @@ class Adapters:
             raise ValueError(f"unknown adapter {unknown}; there are: {some(self.names)}")
 
     def _check_free(self, name):
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"the name of an adapter is {name!r}; expected a string")
         if name in self._held:
             raise ValueError(f"there is an adapter {name!r} already; delete it first")
 
     def _keep_current(self, layers):
-        """Note what the adapter in use has become: its tensors may have been replaced."""
-        if self.current not in self._held:
+        """Note what the adapter in use has become: tensors or layers may be new."""
+        if isinstance(self.current, tuple):
             return
-        for path in self._held[self.current]:
-            if path not in layers or layers[path].lora_A is None:
-                raise ValueError(
-                    f"{path} does not hold the adapter {self.current!r} any more; "
-                    "leave disable_lora, or make a new Adapters(model) after "
-                    "remove_lora"
-                )
-            self._held[self.current][path] = LayerAdapter.of(layers[path])
+        active = {path: layer for path, layer in layers.items() if layer.lora_A is not None}
+        if active and self.current is None:
+            raise ValueError(
+                f"{some(active)} got LoRA from elsewhere; use adapters.add() for that"
+            )
+        held = self._held.get(self.current, {})
+        lost = held.keys() - active.keys()
+        if lost:
+            raise ValueError(
+                f"{some(lost)} of the adapter {self.current!r} has no LoRA any more; "
+                "leave disable_lora, or make a new Adapters(model) after remove_lora"
+            )
+        for path, layer in active.items():
+            held[path] = LayerAdapter.of(layer)
 
     def use(self, which):
         """Switch to the adapter of a name, or to the base model with None.
@@ -145,12 +153,23 @@ class Adapters:
         self._check_names(name for name in rows if name is not None)
         layers = find_lora_layers(self.model)
         self._keep_current(layers)
-        self.current = which if one_for_all else tuple(rows)
-        for path, layer in layers.items():
-            if one_for_all:
-                self._put_one(which, path, layer)
+        for name in set(rows) - {None}:
+            lost = self._held[name].keys() - layers.keys()
+            if lost:
+                raise ValueError(
+                    f"{some(lost)} of the adapter {name!r} has no LoRA any more; after "
+                    "remove_lora, make a new Adapters(model)"
+                )
+        self._switch(which if one_for_all else tuple(rows))
+
+    def _switch(self, which):
+        """Put an adapter into all layers: a name, None, or a tuple of these for the rows."""
+        self.current = which
+        for path, layer in find_lora_layers(self.model).items():
+            if isinstance(which, tuple):
+                self._put_stack(which, path, layer)
             else:
-                self._put_stack(rows, path, layer)
+                self._put_one(which, path, layer)
 
     def _put_one(self, name, path, layer):
         adapter = self._held.get(name, {}).get(path)
@@ -218,7 +237,7 @@ class Adapters:
                 layer = type(layer)(layer, **arguments)
             parts[path] = LayerAdapter.of(layer)
         self._held[name] = parts
-        self.use(name)
+        self._switch(name)
 
     def combine(self, weights, name):
         """Make a new adapter, the weighted sum of others, and use it. weights {name: w}.
@@ -246,7 +265,7 @@ class Adapters:
                 combined[path].lora_A.requires_grad_(True)
                 combined[path].lora_B.requires_grad_(True)
         self._held[name] = combined
-        self.use(name)
+        self._switch(name)
 
     def delete(self, name):
         """Forget an adapter; if it is in use, use the base. Raises ValueError if unknown."""

@@ -52,7 +52,7 @@ class ChunkedLoss(torch.autograd.Function):
             x_low = x.to(dtype)
             W_low = padded_to_multiple_of_8(W.to(dtype))    # (V + padding, C)
             loss = torch.zeros((), dtype=precise, device=x.device)
-            dx = torch.empty_like(x_low) if wants_gradients else None
+            dx = []                                         # a part for each chunk
             head_trains = wants_gradients and ctx.needs_input_grad[1]
             dW = torch.zeros_like(W) if head_trains else None
 
@@ -64,14 +64,14 @@ class ChunkedLoss(torch.autograd.Function):
                 log_p_target = log_p.gather(1, targets[part])               # (n, 1)
                 loss -= (log_p_target.squeeze(1) * weights[part]).sum()
                 if wants_gradients:
-                    logits_to_gradient_(logits, log_p, log_p_target, targets[part])
-                    torch.mm(logits, W_low, out=dx[part])   # weighted below, all at once
+                    logits = to_gradient(logits, log_p, log_p_target, targets[part])
+                    dx.append(logits @ W_low)               # weighted below, all at once
                 if head_trains:
                     x_weighted = (x_low[part] * weights[part, None]).to(dtype)
-                    dW += (logits.t() @ x_weighted)[:V]
+                    dW = added(dW, (logits.t() @ x_weighted)[:V])
                 del logits, log_p                           # before the next ones are made
             if wants_gradients:
-                ctx.save_for_backward(dx * weights[:, None].to(dtype), dW)
+                ctx.save_for_backward(torch.cat(dx) * weights[:, None].to(dtype), dW)
         return loss
 
     @staticmethod
@@ -96,14 +96,22 @@ def padded_to_multiple_of_8(W):
     return F.pad(W, (0, 0, 0, missing)) if missing else W
 
 
-def logits_to_gradient_(logits, log_p, log_p_target, targets):
-    """Overwrite `logits` (n, V + padding) with softmax(logits) - onehot(target).
+def to_gradient(logits, log_p, log_p_target, targets):
+    """softmax(logits) - onehot(target), (n, V + padding), in the place of `logits`.
 
     The padding needs no care: its logits are zero already, since the rows of W are.
     """
-    V = log_p.size(1)
-    if torch.compiler.is_compiling():       # it fuses this, and cannot trace out=
-        logits[:, :V] = log_p.exp()
-    else:
-        torch.exp(log_p, out=logits[:, :V])
-    logits.scatter_(1, targets, (log_p_target.exp() - 1).to(logits.dtype))
+    n_padding = logits.size(1) - log_p.size(1)
+    d_target = log_p_target.exp() - 1                       # (n, 1)
+    if torch.compiler.is_compiling():       # it fuses these, and may lose writes in place
+        d_logits = log_p.exp().scatter(1, targets, d_target)
+        return F.pad(d_logits, (0, n_padding)).to(logits.dtype)
+    torch.exp(log_p, out=logits[:, :log_p.size(1)])
+    return logits.scatter_(1, targets, d_target.to(logits.dtype))
+
+
+def added(total, part):
+    """total + part, in the place of `total` unless this is compiled."""
+    if torch.compiler.is_compiling():
+        return total + part
+    return total.add_(part)

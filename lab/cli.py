@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lab import parallel
-from lab.console import allow_any_character, say
+from lab.console import prepare_streams, say, shell_quoted
 from lab.files import CHECKPOINT
 from lab.progress import Stopped, best_of
 from lab.runs import MUST
@@ -33,7 +33,7 @@ def run(story, commands, argv=None, description=None):
 
     Returns the exit code: 0 on success, 1 on an error, 2 for invalid flags, 130 if interrupted.
     """
-    allow_any_character()
+    prepare_streams()
     options = vars(make_parser(description).parse_args(argv))
     name = options.pop("command", None)
     debug = options.pop("debug", False)
@@ -50,8 +50,10 @@ def run(story, commands, argv=None, description=None):
     except Exception as error:
         if debug:
             raise
-        print(f"error: {parallel.name_of_process()}{in_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        is_usage = isinstance(error, UsageError)        # which all processes notice
+        if not is_usage or not parallel.name_of_process():
+            print(f"error: {parallel.name_of_process()}{in_one_line(error)}", file=sys.stderr)
+        return 2 if is_usage else 1
 
 
 def call(command, name, options):
@@ -84,14 +86,14 @@ def say_what_next(name, options, record):
     """After pretrain or tune: say what was written, and what to do with it."""
     if name not in ("pretrain", "tune"):
         return
-    out = options["out"]
+    out = shell_quoted(options["out"])
     model = f"--base {out}"
     if name == "tune":
         first, best = record["curve"][0]["bpb"], best_of(record["curve"])
         say(f"{options['data']}, held out: {first:.3f} bpb before, {best['bpb']:.3f} after (best "
             f"at step {best['step']}).")
         if options.get("method") != "full":
-            model = f"--base {options['base']} --adapter {out}"
+            model = f"--base {shell_quoted(options['base'])} --adapter {out}"
     say(f'Written: {out}. Now try:\n  python train.py sample {model} --prompt "Once"')
 
 
@@ -201,7 +203,9 @@ def make_parser(description=None):
 
     command = add_command("merge", "merge an adapter into its base: a plain model directory")
     add_base(command)
-    command.add_argument("--adapter", required=True, help="the adapter's directory")
+    command.add_argument(
+        "--adapter", required=True, action=Once, help="the adapter's directory"
+    )
     command.add_argument("--fresh", action="store_true", help="replace what is in --out")
     add_out(command)
     return parser
@@ -283,6 +287,15 @@ def add_sampling(parser):
     parser.add_argument("--top-k", type=int, help="keep the k most likely tokens (default: 40)")
     parser.add_argument("--top-p", type=float, help="nucleus sampling: keep this probability")
     parser.add_argument("--seed", type=int, help="random seed (default: 0)")
+
+
+class Once(argparse.Action):
+    """A flag whose second value would silently replace the first."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string} is given twice; give one")
+        setattr(namespace, self.dest, value)
 
 
 def number(kind, above):

@@ -143,7 +143,7 @@ def name_voices(data):
     """{name: text} for several texts. Raises UsageError if two have the same name."""
     data = [data] if isinstance(data, str) else list(data)
     sources = {Path(source).stem: source for source in data}
-    if len(sources) < len(data) or not data:
+    if len(sources) < len(data) or not data or "the base" in sources:
         raise UsageError(
             f"--data {' '.join(map(str, data))}: adapters are named after the files, "
             "which must have different names; rename one"

@@ -3,7 +3,9 @@ What the program prints, and how: lines above the progress bar, sizes, tables, c
 of text.
 """
 import itertools
+import os
 import platform
+import shlex
 import shutil
 import sys
 import textwrap
@@ -16,18 +18,46 @@ from lab import parallel
 WIDTH = max(60, min(shutil.get_terminal_size((110, 40)).columns, 120))
 
 
-def allow_any_character():
-    """Print "?" for what the console's code page does not have, rather than fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+def prepare_streams():
+    """Make output that fails no fault of the run.
+
+    What the console's code page does not have is printed as "?", and a closed stream
+    is replaced by one that goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))       # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def say(text):
-    """Print a line, above the progress bar if there is one. Only the first process prints."""
-    if parallel.is_first():
+    """Print a line, above the progress bar if there is one. Only the first process prints.
+
+    If nobody reads any more (`train.py | head`), the run goes on in silence.
+    """
+    if not parallel.is_first():
+        return
+    try:
         tqdm.write(text)
         sys.stdout.flush()
+    except (OSError, ValueError):           # a broken pipe, a closed stream
+        silence(sys.stdout)
+
+
+def silence(stream):
+    """Let what is written to a stream go nowhere, also when Python flushes it at exit."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def shell_quoted(path):
+    """A path as one types it in a shell."""
+    return shlex.quote(str(path))
 
 
 def headline(text):

@@ -1,12 +1,14 @@
 """
 Files that are written whole or not at all, and read with a clear error if they are damaged.
 """
+import hashlib
 import json
 import os
 import uuid
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from safetensors import SafetensorError, safe_open
@@ -23,6 +25,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CARD = "README.md"
+# What transformers and PEFT also read from a directory.
+FOREIGN = {
+    "generation_config.json", "added_tokens.json", "special_tokens_map.json", "vocab.json",
+    "merges.txt", "chat_template.jinja",
+}
 RECORD = "training.json"
 CHECKPOINT = "checkpoint.safetensors"
 COMPARISON = "comparison.json"
@@ -66,6 +73,40 @@ def remove_leftovers(dir):
         path.unlink(missing_ok=True)
 
 
+def holds_model(dir):
+    """The names of the files in `dir` that belong to a model, an adapter or a tokenizer."""
+    weights = {".safetensors", ".gguf", ".h5", ".onnx", ".msgpack", *PICKLES}
+    names = {MODEL_CONFIG, ADAPTER_CONFIG, TOKENIZER, TOKENIZER_CONFIG} | FOREIGN
+    found = []
+    for path in sorted(Path(dir).iterdir()):
+        is_index = path.name.endswith(".index.json")
+        is_ours = path.name == CHECKPOINT
+        if (path.suffix in weights or path.name in names or is_index) and not is_ours:
+            found.append(path.name)
+    return found
+
+
+def clear_model(dir):
+    """Delete the files of a model, an adapter or a tokenizer, the configs first.
+
+    Without its config a model is recognizably broken: after a crash in between, new
+    weights are not read with an old config, and nothing of an old model stays beside
+    a new one.
+    """
+    names = holds_model(dir)
+    configs = [name for name in names if name in (MODEL_CONFIG, ADAPTER_CONFIG)]
+    for name in [*configs, *names]:
+        Path(dir, name).unlink(missing_ok=True)
+
+
+def write_card(dir, content):
+    """Write a model card, unless somebody else has written one."""
+    path = Path(dir, CARD)
+    if not path.exists() or path.read_bytes().startswith(b"---\nlibrary_name: "):
+        with replacing(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
 def write_json(path, value, indent=2):
     """Write `value` as JSON, atomically."""
     with replacing(path) as temporary:
@@ -80,16 +121,20 @@ def write_tensors(path, tensors, metadata=None):
 
 # ---- reading -----------------------------------------------------------------------
 
+def check_regular(path):
+    """Raises ValueError for a pipe, a device or a directory: reading it could wait forever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is not a regular file")
+
+
 def read_json(path):
     """Returns the JSON object (a dict) in a file.
 
     Raises FileNotFoundError, or ValueError if it does not contain a JSON object.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file")       # reading a pipe could hang
+    check_regular(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:       # not UTF-8, not JSON, nested too deeply
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -103,6 +148,7 @@ def open_tensors(path):
 
     Raises ValueError if the file is damaged, also if that shows only inside the block.
     """
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -151,7 +197,7 @@ def download(url, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with connected(url) as response, replacing(path) as temporary:
         with open(temporary, "wb") as file:
-            copy_response(response, file, url)
+            copy_response(response, file, without_password(url))
 
 
 @contextmanager
@@ -161,10 +207,11 @@ def connected(url):
         with urlopen(url, timeout=60) as response:
             yield response
     except (HTTPException, OSError, ValueError) as error:
-        if url in str(error):
+        shown = without_password(url)
+        if shown in str(error):
             raise
         raise OSError(
-            f"{url} cannot be fetched ({error}); check the address and the network"
+            f"{shown} cannot be fetched ({error}); check the address and the network"
         ) from error
 
 
@@ -182,6 +229,24 @@ def copy_response(response, file, url):
                 )
     if size not in (-1, file.tell()):
         raise OSError(f"{url} broke off after {file.tell():,} of {size:,} bytes; try again")
+
+
+def without_password(url):
+    """A URL without the user and password in it; anything else as it is."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+        return url
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def sha256_of(*paths):
+    """A hash of the content of files, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def some(names, most=4):

@@ -5,7 +5,6 @@ Two things differ from the model in memory. The files keep the four matrices of 
 block as (in, out), where nn.Linear has (out, in), so they are transposed. And the
 head is not stored: it is the embedding ("tied").
 """
-import hashlib
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from lab.files import (
     open_tensors,
     read_json,
     read_tensor,
+    sha256_of,
     some,
     write_json,
     write_tensors,
@@ -35,6 +35,7 @@ IMPLEMENTED = {
     "scale_attn_by_inverse_layer_idx": [False],
     "add_cross_attention": [False],
 }
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -63,19 +64,23 @@ def write_model(model, dir, eos_token_id=None):
         # GPT-2 always has biases; those of a model without biases are zeros.
         tensor = state[name] if name in state else torch.zeros(shape)
         tensors[name] = (tensor.t() if is_transposed(name) else tensor).contiguous()
+    config = config_json(model, eos_token_id)
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
     # Without its config a model is recognizably broken: after a crash between the two
     # files, new weights must not be read with an old config.
     (dir / files.MODEL_CONFIG).unlink(missing_ok=True)
     write_tensors(dir / files.MODEL, tensors)
-    write_json(dir / files.MODEL_CONFIG, config_json(model.config, eos_token_id))
+    write_json(dir / files.MODEL_CONFIG, config)
 
 
-def config_json(config, eos_token_id=None):
-    """The content of config.json for a GPTConfig."""
+def config_json(model, eos_token_id=None):
+    """The content of config.json. Special tokens that the model was read with are kept."""
+    config = model.config
     if eos_token_id is None:
         eos_token_id = config.vocab_size - 1
+    special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    special |= getattr(model, "special_tokens", {})
     content = {key: values[0] for key, values in IMPLEMENTED.items()}
     return {
         **content,
@@ -87,8 +92,7 @@ def config_json(config, eos_token_id=None):
         "n_head": config.n_head,
         "n_embd": config.n_embd,
         "bias": config.bias,
-        "bos_token_id": eos_token_id,
-        "eos_token_id": eos_token_id,
+        **special,
         **dict.fromkeys(DROPOUTS, config.dropout),
     }
 
@@ -136,8 +140,10 @@ def read_model(cls, name_or_dir, dropout=None):
     for name, tensor in stored.items():
         if name in own:
             fill(dir, name, own[name], tensor)
-        elif tensor.read().any():
+        elif tensor.read().float().any():
             raise ValueError(f"{dir}: config.json says bias=false, but {name} is not zero")
+    raw = read_json(dir / files.MODEL_CONFIG)
+    model.special_tokens = {key: raw[key] for key in SPECIAL_TOKENS if key in raw}
     if head is not None and not torch.equal(head.read().float(), model.lm_head.weight):
         raise ValueError(f"{dir} has a head of its own; in GPT-2 it is the embedding (tied)")
     return model
@@ -164,6 +170,8 @@ def find_tensors(dir):
             for name in names:
                 if name.endswith((".attn.bias", ".attn.masked_bias")):
                     continue                # the causal masks, which old files contain
+                if full_name(name) in stored:
+                    raise ValueError(f"{dir} has two tensors for {full_name(name)}")
                 shape = tuple(file.get_slice(name).get_shape())
                 stored[full_name(name)] = StoredTensor(path, name, shape)
     return stored
@@ -197,6 +205,8 @@ def check_shapes(dir, config, stored):
 def fill(dir, name, p, stored):
     """Copy a stored tensor into the parameter p, whatever dtype it is stored in."""
     tensor = stored.read()
+    if not tensor.is_floating_point():
+        raise ValueError(f"{dir}: {name} is {tensor.dtype}; expected a float type")
     p.copy_(tensor.t() if is_transposed(name) else tensor)
     if not p.isfinite().all():
         raise ValueError(
@@ -308,9 +318,4 @@ def downloaded(name):
 
 def fingerprint(name_or_dir):
     """A hash of a model's weights, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in weight_files(model_dir(name_or_dir)):
-        with open(path, "rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
+    return sha256_of(*weight_files(model_dir(name_or_dir)))[:16]

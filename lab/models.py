@@ -6,20 +6,22 @@ from pathlib import Path
 
 import torch
 
-from data import read_text, tokenize
+from data import HELDOUT, is_url, read_text, tokenize
 from gpt import GPT
 from lab import files
 from lab.adapters import Adapters
 from lab.chunked_loss import chunked_loss
-from lab.console import WIDTH, say, side_by_side
+from lab.console import WIDTH, say, shell_quoted, side_by_side
+from lab.files import sha256_of
 from lab.gpt2_files import fingerprint, model_dir, write_model
 from lab.parallel import from_first
 from lab.runs import MAY, open_run, read_record
 from lab.settings import UsageError, default_loss_chunk, pick_device
 from lab.tokenizer_files import load_tokenizer, save_tokenizer
-from lora_minimal import apply_lora, merge_lora, remove_lora
+from lora_minimal import apply_lora, find_targets, known_classes, merge_lora, remove_lora, save_lora
 
 PROMPT = "The old lighthouse"
+LONGEST_PROMPT = 2**16      # characters that are encoded at a time
 CARD = """\
 ---
 library_name: transformers
@@ -50,38 +52,72 @@ def load_model(base, device, dropout=0.0, dtype="float32"):
     return model.to(device, getattr(torch, dtype)).eval(), encoding, trained_on
 
 
-def load_corpus(data, share, encoding, cache_dir, block_size):
-    """The Corpus of a text, with a share of it held out."""
-    text = read_text(data, share, Path(cache_dir, "downloads"))
+def load_corpus(data, encoding, cache_dir, block_size, refresh=False):
+    """The Corpus of a text; token files and downloads are kept below cache_dir."""
+    text = read_text(data, HELDOUT, Path(cache_dir, "downloads"), refresh)
     return tokenize(text, encoding, Path(cache_dir, "tokens"), block_size)
+
+
+def text_of_base(base, base_data):
+    """The text to measure forgetting on: base_data or, if that is None, what the base learned.
+
+    Raises ValueError if the base names a URL: a downloaded base must not decide what is fetched.
+    """
+    if base_data is not None:
+        return base_data
+    trained_on = read_record(model_dir(base)).get("asked", {}).get("data") or "tales"
+    if is_url(trained_on):
+        raise ValueError(
+            f"the base was trained on {trained_on}; give that, or another text, with "
+            "--base-data"
+        )
+    return trained_on
+
+
+def check_text_of_base(base, base_data, corpus):
+    """Raises ValueError if the text that the base was trained on has changed since."""
+    trained_on = read_record(model_dir(base)).get("asked", {}).get("corpus")
+    if base_data is None and trained_on not in (None, corpus.digest):
+        raise ValueError(
+            f"the text {corpus.name} is not the one that {base} was trained on: it, "
+            "or how it is split, has changed since. Give a text to measure "
+            "forgetting on with --base-data"
+        )
 
 
 def add_lora(model, lora):
     """apply_lora(model, **lora). Raises UsageError if it cannot be done."""
     try:
-        paths = apply_lora(model, **lora)
+        for path in find_targets(model, lora["target_modules"], known_classes()):
+            weight = getattr(model.get_submodule(path), "weight", None)
+            if weight is not None and lora["r"] > min(weight.shape):
+                raise ValueError(
+                    f"--r {lora['r']} exceeds the smaller side of {path}, "
+                    f"{tuple(weight.shape)}; choose a smaller rank"
+                )
+        apply_lora(model, **lora)
     except ValueError as error:
         raise UsageError(error) from error
-    for path in paths:
-        shape = tuple(model.get_submodule(path).weight.shape)
-        if lora["r"] > min(shape):
-            raise UsageError(
-                f"--r {lora['r']} exceeds the smaller side of {path}, {shape}; "
-                "choose a smaller rank"
-            )
 
 
 def save_model(model, encoding, dir):
-    """Write a model, its tokenizer, and a short model card if there is none.
+    """Write a model, its tokenizer and a short card, in the place of a model that was there.
 
     transformers can open the directory.
     """
-    write_model(model, dir, eos_token_id=encoding.eot_token)
+    Path(dir).mkdir(parents=True, exist_ok=True)
+    files.clear_model(dir)
     save_tokenizer(encoding, dir)
-    card = Path(dir, files.CARD)
-    if not card.exists():
-        n = sum(p.numel() for p in model.parameters())
-        card.write_text(CARD.format(n=n), encoding="utf-8")
+    n = sum(p.numel() for p in model.parameters())
+    files.write_card(dir, CARD.format(n=n))
+    write_model(model, dir, eos_token_id=encoding.eot_token)
+
+
+def save_adapter(model, dir, base):
+    """Write the adapter of a model, in the place of an adapter or a model that was there."""
+    Path(dir).mkdir(parents=True, exist_ok=True)
+    files.clear_model(dir)
+    save_lora(model, dir, base_model_name_or_path=str(base))
 
 
 def load_voices(model, base, voices):
@@ -106,7 +142,10 @@ def continue_text(model, encoding, prompt, max_new_tokens, seed, temperature=0.7
     Sets torch's global seed.
     """
     torch.manual_seed(seed)
-    tokens = [encoding.eot_token, *encoding.encode(prompt, allowed_special="all")]
+    tokens = [encoding.eot_token]
+    for start in range(0, len(prompt), LONGEST_PROMPT):     # tiktoken cannot take any length
+        part = prompt[start:start + LONGEST_PROMPT]
+        tokens += encoding.encode(part, allowed_special="all")
     idx = torch.tensor([tokens] * rows, device=next(model.parameters()).device)    # (rows, T)
     idx = model.generate(
         idx, max_new_tokens, temperature, top_k, top_p, stop_token=encoding.eot_token
@@ -116,6 +155,15 @@ def continue_text(model, encoding, prompt, max_new_tokens, seed, temperature=0.7
         # <|endoftext|> is the last token. A model may have more, to pad its vocabulary.
         texts.append(encoding.decode([token for token in row if token < encoding.eot_token]))
     return texts
+
+
+def sample_line(model, encoding, prompt):
+    """A short continuation of the prompt on one line, for the log of a training."""
+    try:
+        [written] = continue_text(model, encoding, prompt, 30, seed=0)
+    except ArithmeticError:
+        return "(no sample: the logits are not finite)"
+    return written.replace("\n", " ")
 
 
 def sample(base, adapter=(), prompt=PROMPT, merge=False, max_new_tokens=150, temperature=0.7,
@@ -129,6 +177,8 @@ def sample(base, adapter=(), prompt=PROMPT, merge=False, max_new_tokens=150, tem
     Returns {directory: text}.
     """
     dirs = as_list(adapter)
+    if top_k == 0:
+        top_k = None                    # no limit, as elsewhere
     model, encoding, _ = load_model(base, pick_device(device))
     adapters = load_voices(model, base, {dir: dir for dir in dirs})
     sampling = {
@@ -163,17 +213,23 @@ def merge(base, adapter, out, fresh=False):
 
     The sum is computed and stored in float32, whatever dtype the base trained in.
     """
+    if not isinstance(adapter, (str, Path)):
+        [adapter] = adapter
     keep_apart(out, base, adapter)
     model, encoding, trained_on = load_model(base, "cpu")
     load_voices(model, base, {"voice": adapter})
-    asked = {"data": trained_on, "base": fingerprint(base), "adapter": str(adapter)}
+    adapter_files = (Path(adapter, files.ADAPTER), Path(adapter, files.ADAPTER_CONFIG))
+    asked = {
+        "data": trained_on, "base": fingerprint(base), "adapter": str(adapter),
+        "adapter_hash": sha256_of(*adapter_files)[:16],
+    }
     with open_run(out, asked, resume=MAY, fresh=fresh) as run:
         merge_lora(model)
         remove_lora(model)
         from_first(save_model, model, encoding, out)
         record = run.finish(curve=[])
     say(f"Written: {out}, a model like any other. Now try:\n"
-        f'  python train.py sample --base {out} --prompt "Once"')
+        f'  python train.py sample --base {shell_quoted(out)} --prompt "Once"')
     return record
 
 

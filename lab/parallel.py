@@ -9,10 +9,12 @@ import contextlib
 import gc
 import os
 import warnings
+from datetime import timedelta
 
 import torch
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 # ---- the processes -----------------------------------------------------------------
@@ -58,7 +60,11 @@ def processes(device):
     if on_gpu:
         torch.cuda.set_device(device)
     use_nccl = on_gpu and distributed.is_nccl_available()       # Windows has no NCCL
-    distributed.init_process_group("nccl" if use_nccl else "gloo")
+    # A process that never comes must not be waited for long; a slow first process must.
+    store, own_rank, size = next(rendezvous("env://", timeout=timedelta(seconds=60)))
+    store.set_timeout(timedelta(minutes=30))
+    backend = "nccl" if use_nccl else "gloo"
+    distributed.init_process_group(backend, store=store, rank=own_rank, world_size=size)
     try:
         yield
     finally:
@@ -67,7 +73,7 @@ def processes(device):
 
 
 class FirstFailed(Exception):
-    """Raised in the other processes when the first one fails: it has reported the error."""
+    """Raised in the other processes when one fails, which reports the error itself."""
 
 
 def from_first(function, *args, **options):
@@ -90,6 +96,42 @@ def from_first(function, *args, **options):
     if error is not None:
         raise error
     return result
+
+
+def together(function, *args, **options):
+    """Call a function in every process; each returns its own result.
+
+    If it raises in some, all raise: the first of those its error, the others FirstFailed.
+    """
+    result = error = None
+    try:
+        result = function(*args, **options)
+    except Exception as failure:
+        error = failure
+    failed = [number for number, failed in enumerate(gathered(error is not None)) if failed]
+    if not failed:
+        return result
+    if rank() == failed[0]:
+        raise error
+    raise FirstFailed
+
+
+def check_equal(value, what):
+    """Raises ValueError if `value` is not the same in all processes."""
+    values = gathered(value)
+    if len(set(values)) > 1:
+        if not is_first():
+            raise FirstFailed
+        raise ValueError(f"the processes have different {what}: {', '.join(map(str, values))}")
+
+
+def gathered(value):
+    """[the value of each process]. Every process must call this."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def any_of(flag, device):

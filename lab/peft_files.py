@@ -8,6 +8,8 @@ The names of the tensors are those of the layers, between a prefix and a suffix:
 
 A is (r, in) and B (out, r), in float32, also for layers whose weight is stored as (in, out).
 """
+import json
+import math
 import re
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import regex
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lab import files
 from lab.files import (
@@ -34,9 +37,12 @@ from lora_minimal import (
     is_lora,
     known_classes,
     load_lora_state_dict,
+    scaling_of,
 )
 
 PREFIX = "base_model.model."
+# What a pattern from a file can raise.
+UNUSABLE = (regex.error, AttributeError, TypeError, TimeoutError, RecursionError, MemoryError)
 LINEAR_SUFFIXES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
 EMBEDDING_SUFFIXES = {"lora_A": ".lora_embedding_A", "lora_B": ".lora_embedding_B"}
 
@@ -78,16 +84,23 @@ def save_lora(model, dir, base_model_name_or_path=None):
     layers = active_layers(model)
     check_classes(layers)
     check_single_settings(layers)
+    check_scaling(layers)
     tensors = {}
     for path, layer in layers.items():
         is_embedding = isinstance(layer, nn.Embedding)
         suffixes = EMBEDDING_SUFFIXES if is_embedding else LINEAR_SUFFIXES
         for part, suffix in suffixes.items():
-            tensor = getattr(layer, part).detach().cpu().float()
+            tensor = getattr(layer, part).detach()
+            if tensor.is_meta:
+                raise ValueError(f"{path} is on the meta device; there is nothing to save")
+            tensor = tensor.cpu().float()
             tensors[PREFIX + saved_path(path) + suffix] = tensor.contiguous()
     config = adapter_config(layers)
     config["task_type"] = "CAUSAL_LM" if hasattr(model, "generate") else None
+    if base_model_name_or_path is not None:
+        base_model_name_or_path = str(base_model_name_or_path)
     config["base_model_name_or_path"] = base_model_name_or_path
+    base = json.dumps(base_model_name_or_path or "unknown")
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
     # Without its config an adapter is recognizably broken: after a crash between the
@@ -95,25 +108,38 @@ def save_lora(model, dir, base_model_name_or_path=None):
     (dir / files.ADAPTER_CONFIG).unlink(missing_ok=True)
     write_tensors(dir / files.ADAPTER, tensors)
     write_json(dir / files.ADAPTER_CONFIG, config)
-    if not (dir / files.CARD).exists():
-        base = base_model_name_or_path or "unknown"
-        (dir / files.CARD).write_text(CARD.format(base=base, r=config["r"]), encoding="utf-8")
+    files.write_card(dir, CARD.format(base=base, r=config["r"]))
+
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def unwrapped(model):
-    """The model inside torch.compile's or DistributedDataParallel's wrapper."""
+    """The model inside the wrappers of torch.compile, data parallelism and averaging."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        elif isinstance(model, WRAPPERS):
             model = model.module
         else:
             return model
 
 
 def saved_path(path):
-    """The path without the wrappers of compiled submodules."""
-    return ".".join(name for name in path.split(".") if name != "_orig_mod")
+    """The path without the wrappers of submodules."""
+    wrappers = ("_orig_mod", "_checkpoint_wrapped_module")
+    return ".".join(name for name in path.split(".") if name not in wrappers)
+
+
+def check_scaling(layers):
+    """Raises ValueError if a scaling was set by hand: the files say r and alpha only."""
+    for path, layer in layers.items():
+        expected = scaling_of(layer.r, layer.alpha, layer.use_rslora)
+        if not math.isclose(layer.scaling, expected, rel_tol=1e-6):
+            raise ValueError(
+                f"{path} has scaling {layer.scaling}, but r and alpha give "
+                f"{expected}; change alpha instead"
+            )
 
 
 def check_classes(layers):
@@ -122,8 +148,8 @@ def check_classes(layers):
     other = [each.__name__ for each in classes - set(known_classes().values())]
     if other:
         raise ValueError(
-            f"{some(other)} computes something else than LoRA: it cannot be saved in the "
-            "format of PEFT, or share a model with other adapters"
+            f"{some(other)} computes something else than LoRA: it cannot be saved in "
+            "the format of PEFT, or share a model with other adapters"
         )
 
 
@@ -219,7 +245,7 @@ def read_adapter(dir):
     deadline = time.monotonic() + 2.0       # a file must not be able to stop the program
     try:
         settings = {path: settings_for_path(config, path, deadline) for path in paths}
-    except (regex.error, AttributeError, TypeError, TimeoutError) as error:
+    except UNUSABLE as error:
         raise ValueError(
             f"{config_path}: rank_pattern or alpha_pattern cannot be used: {error!r}"
         ) from error
@@ -228,6 +254,9 @@ def read_adapter(dir):
 
 def refuse_other_adapters(config_path, config):
     """Raises ValueError if adapter_config.json asks for what is not supported here."""
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ValueError(f"{config_path}: peft_type={kind!r} is not supported here, only LORA")
     refused = []
     for key, value in config.items():
         if key in ALLOWED_VALUES:
@@ -307,7 +336,9 @@ def first_match(path, patterns, default, deadline):
     Raises TimeoutError after the deadline, in seconds of time.monotonic().
     """
     for pattern, value in (patterns or {}).items():
-        remaining = max(deadline - time.monotonic(), 0.001)
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("the patterns take too long")
         if regex.match(rf"(.*\.)?({pattern})$", path, timeout=remaining):
             return value
     return default
@@ -329,6 +360,8 @@ def check_fit(model, dir, settings, state):
                 f"{dir} adapts {path}, but this model has no linear layer or "
                 "embedding there; was it trained on another base?"
             )
+        if module.weight.is_meta:
+            raise ValueError(f"{path} is on the meta device; give the model its weights first")
         in_features, out_features = features(module)
         shapes[f"{path}.lora_A"] = (arguments["r"], in_features)
         shapes[f"{path}.lora_B"] = (out_features, arguments["r"])

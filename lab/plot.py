@@ -35,7 +35,8 @@ def plot_comparison(report, curves, style, path):
         bpb = [point["bpb"] for point in curves[method]]
         look = dict(marker="o", markersize=3, color=color, label=METHODS[method])
         bpb_axes.plot(seconds, bpb, line, **look)
-    bpb_axes.set(xlabel="training time (s)", ylabel="bits per byte", title=f"Held-out {style}")
+    title = f"Held-out {style}".replace("$", r"\$")       # not mathematics
+    bpb_axes.set(xlabel="training time (s)", ylabel="bits per byte", title=title)
     bpb_axes.legend(frameon=False)
     for axes in (memory_axes, time_axes, bpb_axes):
         axes.spines[["top", "right"]].set_visible(False)

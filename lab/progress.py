@@ -16,8 +16,14 @@ from lab.console import say, size
 PATIENCE = 5        # skipped steps in a row after which training gives up
 
 
+# Ctrl-C, a polite kill, and (not on Windows) a terminal that is closed.
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):
+    STOP_SIGNALS.append(signal.SIGHUP)
+
+
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM stopped the training, after it had saved a checkpoint."""
+    """A signal stopped the training, after it had saved a checkpoint."""
 
 
 class Progress:
@@ -187,8 +193,8 @@ def best_of(curve):
 
 @contextmanager
 def signals_noted():
-    """Ctrl-C and SIGTERM only append to the list that this yields, so that a step
-    always finishes.
+    """The signals only append to the list that this yields, so that a step always
+    finishes.
 
     A second signal stops at once.
     """
@@ -199,7 +205,7 @@ def signals_noted():
         noted.append(number)
         signal.signal(number, old[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         with suppress(ValueError):      # only the main thread may, and only it gets Ctrl-C
             old[number] = signal.signal(number, note)
     try:

@@ -8,6 +8,7 @@ What a training run writes into its directory, and how a killed run can continue
 
 A directory with a model or an adapter that no training.json accounts for is never overwritten.
 """
+import errno
 import math
 import time
 from contextlib import contextmanager
@@ -18,14 +19,17 @@ from filelock import FileLock, Timeout
 
 from lab import files
 from lab.console import say
-from lab.files import read_json, remove_leftovers, write_json
+from lab.files import holds_model, read_json, remove_leftovers, some, write_json
 from lab.parallel import from_first
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 # What to do about an interrupted run in the directory.
 MUST = "must"       # continue it; it is an error if there is none
 MAY = "may"         # continue it if there is one
 NEVER = "never"     # it is an error if there is one
 
+SPELLINGS = {"data", "adapter"}     # how a text or an adapter was named; hashes say which it is
 POINT = {"step", "seconds", "loss", "bpb", "skipped"}      # the keys of a point of a curve
 
 
@@ -96,6 +100,13 @@ def acquire(lock, dir):
         raise OSError(
             f"another run is writing to {dir}; wait for it, or choose another --out"
         ) from None
+    except (OSError, NotImplementedError) as error:
+        if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
+            raise
+        raise OSError(
+            f"the disk of {dir} has no file locks, which keep two runs apart; choose "
+            "an --out on another disk"
+        ) from error
 
 
 def decide(dir, asked, resume, fresh):
@@ -123,8 +134,7 @@ def decide(dir, asked, resume, fresh):
         raise ValueError(
             f"--resume: {dir} holds no interrupted run; leave out the flag to start one"
         )
-    if not record:
-        refuse_foreign_model(dir)
+    refuse_foreign_model(dir)
     return None, interrupted
 
 
@@ -141,7 +151,7 @@ def begin(dir, asked):
 def refuse_other_settings(dir, record, asked):
     if not record:
         raise ValueError(f"{dir} has a checkpoint but no training.json; start over with --fresh")
-    if record["asked"] != asked:
+    if without_spellings(record["asked"]) != without_spellings(asked):
         state = "a finished" if "curve" in record else "an interrupted"
         raise ValueError(
             f"{dir} holds {state} run with other settings: "
@@ -150,18 +160,21 @@ def refuse_other_settings(dir, record, asked):
         )
 
 
+def without_spellings(asked):
+    return {key: value for key, value in asked.items() if key not in SPELLINGS}
+
+
 def refuse_foreign_model(dir):
-    """Raises ValueError if there are files of a model, an adapter or a tokenizer."""
-    foreign = {".safetensors", ".gguf", ".h5", ".onnx", ".msgpack", *files.PICKLES}
-    names = {files.MODEL_CONFIG, files.ADAPTER_CONFIG, files.TOKENIZER, files.TOKENIZER_CONFIG}
-    for path in sorted(dir.iterdir()):
-        is_index = path.name.endswith(".index.json")
-        if path.suffix in foreign or path.name in names or is_index:
-            raise ValueError(
-                f"{dir} holds a model or tokenizer ({path.name}) that no "
-                "training.json accounts for; choose another --out, or replace it "
-                "with --fresh"
-            )
+    """Raises ValueError if a directory holds a model that is not a run's, and would be lost."""
+    if not Path(dir).is_dir() or Path(dir, files.RECORD).exists():
+        return
+    foreign = holds_model(dir)
+    if foreign:
+        raise ValueError(
+            f"{dir} holds files of a model or tokenizer ({some(foreign)}) that no "
+            "training.json accounts for; choose another --out, or replace it with "
+            "--fresh"
+        )
 
 
 def differences(old, new):

@@ -10,8 +10,6 @@ from gpt import GPTConfig
 from lab import parallel
 from lab.files import first_line
 
-LARGEST = 2**63 - 1     # what fits an int64
-
 
 class UsageError(ValueError):
     """An invalid setting or command-line flag: the exit code is then 2."""
@@ -53,24 +51,32 @@ class Settings:
         for f in fields(self):
             check_type(f, getattr(self, f.name))
         for name in ("steps", "batch_size", "block_size", "eval_every", "accumulate"):
-            self.check_at_least(1, name)
-        for name in ("lr", "muon_lr", "weight_decay", "dropout", "warmup", "grad_clip",
-                     "seed", "loss_chunk"):
-            self.check_at_least(0, name)
+            self.check_range(name, least=1)
+        for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "loss_chunk"):
+            self.check_range(name, least=0)
         for name in ("dropout", "warmup"):
-            value = getattr(self, name)
-            if value >= 1:
-                raise ValueError(f"{flag(name)} is {value}; it must be below 1")
+            self.check_range(name, least=0, below=1)
+        self.check_range("seed", least=0, below=2**40)
         for name in ("dtype", "base_dtype"):
             value = getattr(self, name)
             if value not in ("float32", "bfloat16"):
                 raise ValueError(f"{flag(name)} is {value!r}; expected float32 or bfloat16")
+        tokens = self.batch_size * self.block_size
+        if tokens > 2**31:
+            raise ValueError(
+                f"--batch-size {self.batch_size} times --block-size "
+                f"{self.block_size} are {tokens:,} tokens in a step; expected at "
+                "most 2^31"
+            )
 
-    def check_at_least(self, least, name):
+    def check_range(self, name, least, below=sys.float_info.max):
+        """Raises ValueError unless least <= value < below."""
         value = getattr(self, name)
-        largest = LARGEST if type(value) is int else sys.float_info.max
-        if not least <= value <= largest:
-            raise ValueError(f"{flag(name)} is {value}; expected a number from {least} up")
+        if not least <= value < below:
+            limit = f" and below {below}" if below < sys.float_info.max else " up"
+            raise ValueError(
+                f"{flag(name)} is {value}; expected a number from {least}{limit}"
+            )
 
     def check_processes(self):
         """Raises ValueError if these settings do not fit the number of processes."""

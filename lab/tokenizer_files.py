@@ -95,6 +95,7 @@ def load_tokenizer(dir):
     raw = read_json(path)
     try:
         refuse_other_tokenizers(raw)
+        refuse_other_configs(dir)
         ranks = read_ranks(raw["model"]["vocab"])
         check_merges(raw["model"]["merges"], ranks)
         return encoding_from_ranks(ranks)
@@ -114,12 +115,42 @@ def refuse_other_tokenizers(raw):
         raise ValueError("its pre-tokenizer has add_prefix_space, or no use_regex")
     if raw["normalizer"]:
         raise ValueError("it has a normalizer")
-    post_processor = raw.get("post_processor") or {"type": "ByteLevel"}
-    if post_processor["type"] != "ByteLevel":
-        raise ValueError(f"its post-processor is {post_processor['type']!r}")
-    added = [token["content"] for token in raw.get("added_tokens", ()) if token["content"] != EOT]
+    if adds_tokens(raw.get("post_processor")):
+        raise ValueError("its post-processor adds tokens")
+    refuse_added_tokens([token["content"] for token in raw.get("added_tokens", ())])
+    for token in raw.get("added_tokens", ()):
+        if token["id"] != raw["model"]["vocab"].get(EOT, token["id"]):
+            raise ValueError(f"{EOT} has two ids")
+
+
+def adds_tokens(post_processor):
+    """Whether the post-processor of tokenizer.json adds tokens to a text."""
+    if post_processor is None or post_processor["type"] == "ByteLevel":
+        return False
+    if post_processor["type"] != "TemplateProcessing":
+        return True
+    return any("Sequence" not in part for part in post_processor["single"])
+
+
+def refuse_added_tokens(tokens):
+    added = [token for token in tokens if token not in (EOT, None)]
     if added:
         raise ValueError(f"it has added tokens: {some(added)}")
+
+
+def refuse_other_configs(dir):
+    """Raises ValueError if a file beside tokenizer.json changes what a text is encoded to."""
+    if Path(dir, "added_tokens.json").is_file():
+        refuse_added_tokens(read_json(Path(dir, "added_tokens.json")))
+    if not Path(dir, files.TOKENIZER_CONFIG).is_file():
+        return
+    config = read_json(Path(dir, files.TOKENIZER_CONFIG))
+    if config.get("add_prefix_space"):
+        raise ValueError("tokenizer_config.json has add_prefix_space")
+    decoder = config.get("added_tokens_decoder") or {}
+    tokens = [config.get("pad_token"), *(config.get("additional_special_tokens") or ())]
+    tokens += decoder.values()
+    refuse_added_tokens([t.get("content") if isinstance(t, dict) else t for t in tokens])
 
 
 def refuse_other_models(model):
@@ -135,6 +166,8 @@ def refuse_other_models(model):
 def read_ranks(vocab):
     """{printable form: id} -> {token: id}, without <|endoftext|>."""
     ranks = {as_bytes(text): rank for text, rank in vocab.items() if text != EOT}
+    if vocab.get(EOT, len(ranks)) != len(ranks):
+        raise ValueError(f"{EOT} has the id {vocab[EOT]}; expected {len(ranks)}")
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError("the token ids do not run from 0 without a gap")
     if not all(bytes([b]) in ranks for b in range(256)):

@@ -229,7 +229,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 
     def disk_is_full_after_a_while(file):
         calls.append(file)
-        if len(calls) > 5:
+        if len(calls) > 9:
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(file)
 

@@ -130,7 +130,7 @@ def test_lora_minimal_imports_torch_and_the_standard_library_only():
             names |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
-    assert names <= {"torch", "math", "sys", "collections", "contextlib"}
+    assert names <= {"torch", "math", "sys", "collections", "contextlib", "weakref"}
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert "__getattr__" not in functions
 

@@ -331,9 +331,9 @@ def with_a_float8_weight():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make, says", [
     (with_forward_of_its_own, "forward of its own"),
-    (with_old_weight_norm, "its weight is computed"),
+    (with_old_weight_norm, "is computed"),
     (with_weight_norm, "ParametrizedLinear, not an nn.Linear"),
-    (with_pruning, "its weight is computed"),
+    (with_pruning, "is computed"),
     (with_max_norm, "max_norm"),
     (with_a_layer_that_is_used_twice, "shares its weight"),
     (with_a_float8_weight, "float8"),
@@ -607,7 +607,7 @@ def assert_all_close(ours, expected):
 
 
 def uses_product(layer, x):
-    return layer(x).grad_fn.name() == "LoRAProductBackward"
+    return "LoRAProduct" in type(layer(x).grad_fn).__name__
 
 
 def test_the_product_is_used_unless_something_forbids_it():

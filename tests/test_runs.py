@@ -234,7 +234,7 @@ def test_a_run_that_died_without_a_checkpoint_starts_over(tmp_path, capsys, monk
 
 def test_ctrl_c_while_nothing_is_trained_does_not_promise_a_checkpoint(
         tmp_path, capsys, monkeypatch):
-    def interrupted(*args):
+    def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "read_text", interrupted)

@@ -140,7 +140,7 @@ def test_a_saved_base_is_what_was_evaluated(tmp_path):
     model, encoding, pretrained_on = load_model(tmp_path, "cpu")
     assert isinstance(model, GPT)
     assert pretrained_on == "pirate"
-    text = read_text("pirate", 0.05, tmp_path)
+    text = read_text("pirate", 0.1, tmp_path)
     block_size = record["asked"]["settings"]["block_size"]
     corpus = tokenize(text, encoding, tmp_path / "tokens", block_size)
     best = min(point["bpb"] for point in record["curve"])
