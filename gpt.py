@@ -127,7 +127,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Applied at each position: expand to 4C channels, apply GELU, project back to C."""
+    """A small network applied at each position: expand to 4C, apply GELU, back to C."""
 
     def __init__(self, config):
         super().__init__()
@@ -198,11 +198,11 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's initialization: weights from N(0, 0.02²), biases zero (§2.3).
+        """Weights from N(0, 0.02²), biases zero.
 
-        For the projections that add to the residual stream the standard deviation is
-        divided by √(2 n_layer), the root of their number, so that its variance does
-        not grow with depth.
+        Each block adds to the residual stream twice. The weights of these 2 n_layer
+        projections are divided by √(2 n_layer), so that the variance of the stream
+        does not grow with depth (§2.3).
         """
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -213,10 +213,10 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) int64 -> logits (B, T, V), and the loss against targets (B, T) or None.
+        """idx (B, T) int64 -> logits (B, T, V) and the loss () against targets (B, T).
 
-        If `loss` computes the logits in parts, there are none to return: None, loss.
-        Raises ValueError if T exceeds the block size.
+        Without targets the loss is None. The chunked loss never holds all logits, so
+        with it the logits are None. Raises ValueError if T exceeds the block size.
         """
         x = self.hidden(idx)                                    # (B, T, C)
         if targets is None:
@@ -226,13 +226,16 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """idx (B, T) -> the hidden states (B, T, C) that the head turns into logits.
 
-        `cache` is a list with a KV cache, or None, for each block. It is updated in place.
+        `cache` is a list with a KV cache, or None, for each block. It is updated in
+        place. If it is filled, idx must be a single new token (B, 1).
         """
         T = idx.size(1)
         start = 0                                               # tokens in the cache
         if cache is not None and cache[0] is not None:
             k, _ = cache[0]
             start = k.size(2)
+            if T != 1:
+                raise ValueError(f"{T} tokens with a filled cache; pass a single one")
         if start + T > self.config.block_size:
             raise ValueError(
                 f"{start + T} tokens exceed the block size; pass at most "
@@ -279,9 +282,9 @@ class GPT(nn.Module):
     def continue_rows(self, idx, max_new_tokens, temperature, top_k, top_p, stop_token):
         """The loop of generate(): logits, sample, append.
 
-        While the text fits the block size, a step reads one token and uses the KV
-        cache. Then the context is the last block_size tokens; all positions shift, so
-        a step reads it all.
+        While the text fits the block size, each step reads only the new token and
+        uses the KV cache. Once it is longer, the context is the last block_size
+        tokens. Their positions shift at every step, so the cache cannot be reused.
         """
         block_size = self.config.block_size
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
@@ -293,7 +296,7 @@ class GPT(nn.Module):
                 cache = [None] * self.config.n_layer
             x = self.hidden(context, cache)                     # (B, 1 or more, C)
             logits = self.lm_head(x[:, -1])                     # (B, V)
-            if n == 0 or not idx.is_cuda:       # a check makes the CPU wait for a GPU
+            if n == 0 or not idx.is_cuda:       # on a GPU the check would stall every step
                 check_finite(logits)
             token = sample(logits, temperature, top_k, top_p)   # (B, 1)
             if stop_token is not None:
@@ -338,7 +341,7 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p):
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
+        raise ValueError(f"temperature is {temperature}; expected a finite number from 0 up")
     if top_k is not None and (type(top_k) is not int or top_k < 1):
         raise ValueError(f"top_k is {top_k}; expected an integer from 1 up, or None for no limit")
     if top_p is not None and not 0 < top_p <= 1:
@@ -352,7 +355,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     the k most likely tokens, top_p the smallest set of tokens whose probabilities sum
     to at least p (Holtzman et al. 2020, §3.1). Draws with torch's global generator.
     """
-    if temperature < 1e-6:                      # closer to greedy than float32 can tell
+    if temperature < 1e-6:                      # practically greedy; avoids dividing by 0
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None:

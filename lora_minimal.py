@@ -47,7 +47,8 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **new))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **new))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))       # U(±1/√in), as in PEFT
-        init_settings(self, r, alpha, dropout, use_rslora)
+        self.scaling = scaling_of(r, alpha, use_rslora)             # alpha / r
+        init_state(self, r, alpha, dropout, use_rslora)
 
     def definition(self, x):
         """The equation as it is written. Autograd finds the gradients."""
@@ -59,10 +60,8 @@ class LoRALinear(nn.Linear):
         update = self.scaling * F.linear(h, self.lora_B)        # (..., out)
         return y + update.to(y.dtype)
 
-    def product(self, x):
-        """The result of definition(x), with the backward pass of LoRAProduct: faster."""
-        A, B = self.lora_A, self.lora_B
-        return LoRAProduct.apply(x, self.W, self.bias, A, B, self.scaling)
+    # That is LoRA. The rest of the class lets it be switched off, merged, saved and
+    # faster.
 
     def forward(self, x):
         """x (..., in_features) -> (..., out_features)."""
@@ -70,10 +69,15 @@ class LoRALinear(nn.Linear):
             return F.linear(x, self.W, self.bias)
         if is_merged(self):                     # W contains scaling * B A already
             y = F.linear(x, self.W, self.bias)
-            return without_gradients_of_lora(y, self)
-        if product_applies(self, x):            # the usual case
+            return guard_backward(y, self)
+        if product_applies(self, x):            # the usual case: the same, but faster
             return self.product(x)
         return self.definition(x)
+
+    def product(self, x):
+        """The result of definition(x), with the backward pass of LoRAProduct: faster."""
+        A, B = self.lora_A, self.lora_B
+        return LoRAProduct.apply(x, self.W, self.bias, A, B, self.scaling)
 
     @property
     def W(self):
@@ -106,27 +110,24 @@ class LoRALinear(nn.Linear):
         nn.Module._load_from_state_dict(self, *args, **kwargs)
 
 
-LORA_ATTRIBUTES = ("scaling", "r", "alpha", "dropout", "use_rslora", "fast")
-
-
-def init_settings(layer, r, alpha, dropout, use_rslora):
-    """Set what a LoRA layer has besides W, A and B.
+def scaling_of(r, alpha, use_rslora):
+    """The factor of B A.
 
     Dividing alpha by r reduces the need to retune the learning rate when r changes
     (§4.1). For large r it makes the update too small; rsLoRA divides by √r instead
     (Kalajdzievski 2023, arXiv 2312.03732).
     """
-    layer.scaling = scaling_of(r, alpha, use_rslora)
+    return alpha / math.sqrt(r) if use_rslora else alpha / r
+
+
+def init_state(layer, r, alpha, dropout, use_rslora):
+    """Set what a LoRA layer has besides W, A, B and the scaling."""
     layer.r, layer.alpha = r, alpha
     layer.dropout, layer.use_rslora = dropout, use_rslora
     layer.fast = True                       # use product() where it applies
     # Buffers move with the model. Neither of these is part of the state dict.
     layer.register_buffer("rank_mask", None, persistent=False)          # see mask_ranks
     layer.register_buffer("unmerged_weight", None, persistent=False)    # see merge
-
-
-def scaling_of(r, alpha, use_rslora):
-    return alpha / math.sqrt(r) if use_rslora else alpha / r
 
 
 # ---- LoRA on a model ---------------------------------------------------------------
@@ -137,10 +138,11 @@ def apply_lora(model, r=8, alpha=16, target_modules=("c_attn", "c_proj", "c_fc")
 
     A target matches whole names at the end of a dotted path, as in PEFT: "c_proj"
     matches both h.0.attn.c_proj and h.0.mlp.c_proj, "attn.c_proj" only the first.
-    "all-linear" matches every linear layer but the output head. A second call on
-    other layers adds to the first, so the rank may differ between layers.
+    "all-linear" matches every linear layer, except those that share their weight and
+    the output heads of transformers' models. A second call on other layers adds to
+    the first, so the rank may differ between layers.
 
-    layers  more kinds of layers, {class: its LoRA class}, beside those of known_classes()
+    layers  more kinds of layers, {class: its LoRA class}, in addition to those of known_classes()
 
     Returns the paths of the adapted layers. Raises ValueError, and leaves the model
     as it was, if a setting is out of range, a target matches nothing, or a layer
@@ -159,10 +161,10 @@ def adapt_layers(model, settings, lora_classes):
     Everything is checked, and all layers are made, before anything is changed.
     """
     check_model(model)
-    new_layers = {}
     for path, arguments in settings.items():
         check_settings(**arguments)
         check_can_adapt(model, path, lora_classes)
+    new_layers = {}
     for path, arguments in settings.items():
         base = model.get_submodule(path)
         new_layers[path] = lora_classes[type(base)](base, **arguments)
@@ -172,29 +174,6 @@ def adapt_layers(model, settings, lora_classes):
     for layer in find_lora_layers(model).values():
         for name, p in layer.named_parameters(recurse=False):
             p.requires_grad_(name not in ("weight", "bias"))
-
-
-def replace_layer(model, path, new_layer):
-    """Put new_layer in the place of the layer at `path`, with what else that has.
-
-    That is its mode, hooks, buffers, and attributes of its own.
-    """
-    old = model.get_submodule(path)
-    new_layer.training = old.training
-    for name, value in vars(old).items():
-        # The dicts of hooks are shared, so that the caller's handles can still remove
-        # them.
-        is_new = name not in vars(new_layer) and name not in LORA_ATTRIBUTES
-        if is_new or "hook" in name:
-            vars(new_layer)[name] = value
-    for name, buffer in old.named_buffers(recurse=False):
-        if name not in ("rank_mask", "unmerged_weight"):
-            persistent = name not in old._non_persistent_buffers_set
-            new_layer.register_buffer(name, buffer, persistent)
-    for hook in new_layer._load_state_dict_pre_hooks.values():
-        if hook.with_module:
-            hook.module = weakref.ref(new_layer)
-    model.set_submodule(path, new_layer)
 
 
 def is_lora(module):
@@ -208,7 +187,10 @@ def find_lora_layers(model):
 
 
 def lora_layers(model):
-    """{path: layer} of the adapted layers. Raises ValueError if there are none."""
+    """{path: layer} of the adapted layers.
+
+    Raises ValueError if there are none, or if one was changed after apply_lora.
+    """
     layers = find_lora_layers(model)
     if not layers:
         raise ValueError("this model has no LoRA layers; call apply_lora or load_lora first")
@@ -277,7 +259,7 @@ def check_state(state, shapes):
     """Raises ValueError if `state` is not finite, or not of the names and shapes given."""
     missing = sorted(shapes.keys() - state.keys())
     unknown = sorted(state.keys() - shapes.keys())
-    for problem, names in (("it lacks", missing), ("unknown", unknown)):
+    for problem, names in (("it lacks", missing), ("unexpected", unknown)):
         if names:
             raise ValueError(
                 f"the adapter does not fit this model: {problem} "
@@ -400,14 +382,19 @@ def unmerge(layer):
 
 
 def note_change(layer):
-    """Make a backward pass that has saved the weight fail, rather than use the new one."""
+    """Tell autograd that the weight has changed: it does not notice an assigned .data.
+
+    A backward pass whose forward used the old weight then raises, and does not
+    silently use the new one.
+    """
     torch.autograd.graph.increment_version(layer.weight)
 
 
-def without_gradients_of_lora(y, layer):
-    """The output y of a merged layer. If A and B train, calling backward is an error."""
+def guard_backward(y, layer):
+    """y, the output of a merged layer. If A and B require gradients, backward raises."""
     trains = torch.is_grad_enabled() and layer.lora_A.requires_grad
-    if trains and not torch.compiler.is_compiling():    # no tracer accepts such a backward
+    # torch.compile cannot trace a backward that raises: there is no guard there.
+    if trains and not torch.compiler.is_compiling():
         return RefuseBackward.apply(y, layer.lora_A)
     return y
 
@@ -496,7 +483,7 @@ def ends_with(path, target):
 
 
 def all_linear(model, lora_classes):
-    """The paths of all linear layers, without heads and those that share their weight."""
+    """The paths of all linear layers, except heads and layers that share their weight."""
     heads = set()
     for module in model.modules():
         if hasattr(module, "get_output_embeddings"):        # of transformers' models
@@ -564,11 +551,11 @@ def reason_against_parent(parent):
 def reason_against_parameters(model, module):
     """Why the parameters of a module cannot have an update beside them, or None."""
     weight = module._parameters.get("weight")
-    computed = {"bias"} - module._parameters.keys() if hasattr(module, "bias") else set()
-    if weight is None or computed:
-        return "its weight or bias is computed (weight_norm, pruning, ...), not a parameter"
+    bias_is_computed = hasattr(module, "bias") and "bias" not in module._parameters
+    if weight is None or bias_is_computed:
+        return "its weight or bias is computed (weight_norm, pruning, ...); remove that first"
     if module._parameters.keys() - {"weight", "bias"} or module._modules:
-        return "it has parameters or modules beside its weight and bias"
+        return "it has parameters or modules other than its weight and bias"
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"its weight is {weight.dtype}; convert it to a float type first"
     if weight_uses(model)[id(weight)] > 1:
@@ -589,6 +576,33 @@ def weight_uses(model):
     return uses
 
 
+LORA_ATTRIBUTES = ("scaling", "r", "alpha", "dropout", "use_rslora", "fast")
+
+
+def replace_layer(model, path, new_layer):
+    """Replace the layer at `path`, and keep what users have attached to it.
+
+    The new layer gets the old one's training mode, hooks, buffers and extra attributes.
+    """
+    old = model.get_submodule(path)
+    new_layer.training = old.training
+    for name, value in vars(old).items():
+        # The dicts of hooks are shared, so that the caller's handles can still remove
+        # them.
+        is_new = name not in vars(new_layer) and name not in LORA_ATTRIBUTES
+        if is_new or "hook" in name:
+            vars(new_layer)[name] = value
+    for name, buffer in old.named_buffers(recurse=False):
+        if name not in ("rank_mask", "unmerged_weight"):
+            persistent = name not in old._non_persistent_buffers_set
+            new_layer.register_buffer(name, buffer, persistent)
+    # A hook that receives its module must receive the new one.
+    for hook in new_layer._load_state_dict_pre_hooks.values():
+        if hook.with_module:
+            hook.module = weakref.ref(new_layer)
+    model.set_submodule(path, new_layer)
+
+
 # ---- other kinds of layers ---------------------------------------------------------
 
 class LoRAEmbedding(nn.Embedding):
@@ -607,7 +621,8 @@ class LoRAEmbedding(nn.Embedding):
         self.lora_A = nn.Parameter(torch.zeros(r, self.num_embeddings, **new))
         self.lora_B = nn.Parameter(torch.empty(self.embedding_dim, r, **new))
         nn.init.normal_(self.lora_B)
-        init_settings(self, r, alpha, dropout, use_rslora)
+        self.scaling = scaling_of(r, alpha, use_rslora)
+        init_state(self, r, alpha, dropout, use_rslora)
 
     def forward(self, idx):
         """idx (...) int64 -> (..., embedding_dim)."""
@@ -615,7 +630,7 @@ class LoRAEmbedding(nn.Embedding):
         if self.lora_A is None:
             return y
         if is_merged(self):
-            return without_gradients_of_lora(y, self)
+            return guard_backward(y, self)
         h = F.embedding(
             idx, self.lora_A.t(), self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
@@ -701,11 +716,11 @@ def mask_ranks(h, rank_mask):
 # ---- the same product with a backward pass by hand ---------------------------------
 
 def product_applies(layer, x):
-    """Whether LoRAProduct can be used for x.
+    """Whether product() can be used for x.
 
-    It supports no dropout, trainable W or b, masks, mixed dtypes without autocast,
-    empty, meta, sparse or nested tensors, torch.func transforms, or export.
-    definition() supports all that nn.Linear does.
+    It cannot for dropout, a trainable W or b, rows with different adapters, dtypes
+    that differ without autocast, empty, meta, sparse or nested tensors, transforms of
+    torch.func, and export. definition() can be used for all of them.
     """
     if not layer.fast or layer.rank_mask is not None:
         return False
@@ -726,7 +741,7 @@ def dtypes_fit(layer, x):
 
 
 def looks_inside():
-    """Whether a transform or tracer is active that does not take a Function as it is."""
+    """Whether torch.func, forward-mode derivatives or torch.export look into a Function."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     # torch.compile takes LoRAProduct as it is; torch.export, without it, looks inside.
@@ -734,17 +749,16 @@ def looks_inside():
 
 
 class LoRAProduct(torch.autograd.Function):
-    """y = W x + b + s B A x. The order of the matrix products decides what LoRA costs.
+    """y = W x + b + s B A x, with a backward pass that is faster than autograd's.
 
-    For N tokens, x is (N, in), y (N, out), and g = ∂loss/∂y (N, out). In matrix form,
+    s is the scaling. For N tokens, x is (N, in), y and g = ∂loss/∂y are (N, out):
 
         u = x Aᵀ (N, r)            y = x Wᵀ + b + s u Bᵀ
         v = s g B (N, r)           ∂x = g W + v A      ∂A = vᵀ x      ∂B = s gᵀ u
 
-    and there is no ∂W = gᵀ x, which is a third of the products of full fine-tuning.
-
-    Autograd finds the same gradients from definition(), but in the order in which the
-    forward pass is written, which is slow:
+    W is frozen, so ∂W = gᵀ x, a third of the products of full fine-tuning, is not
+    computed. Autograd finds the same gradients from definition(), but more slowly,
+    because it takes the products in the order in which the forward pass is written:
 
         as autograd does it     µs       as it is done here                          µs
         gᵀ u                   974       (uᵀ g)ᵀ: reads g row by row, as stored     201
@@ -752,14 +766,13 @@ class LoRAProduct(torch.autograd.Function):
         y += s u Bᵀ            177       x (W + s B A)ᵀ: add s B A to W before       19
         ∂x += v A              177       g (W + s B A)                               19
 
-    (128 -> 512, N = 2048, r = 8, on two CPU cores, where x Wᵀ, g W and gᵀ x take
-    1465, 1191 and 1421 µs: bench/products.py.)
+    These are the times for 128 -> 512, N = 2048 and r = 8 on two CPU cores, where x
+    Wᵀ, g W and gᵀ x take 1465, 1191 and 1421 µs; bench/products.py measures them.
 
-    Adding s B A to W ("folding") rounds the sum to the dtype of the products. That
-    loses precision only if W is stored in bfloat16: an update smaller than half the
-    distance between two bfloat16 numbers would vanish. For such W the low-rank terms
-    are added to the results instead (768 wide on an H200: 105 µs, beside 345 µs for x
-    Wᵀ and g W).
+    Adding s B A to W first ("folding") pays if there are more tokens than inputs. It
+    rounds the sum to the dtype of the products. If W is float32, that costs no more
+    precision than rounding W, which autocast does anyway. A W of 16 bits would
+    swallow small updates, so there the low-rank terms are added to the results.
 
     Saved for backward: x, W, and tensors with a side of length r.
     """
@@ -776,9 +789,9 @@ class LoRAProduct(torch.autograd.Function):
             b_low = None if b is None else b.to(dtype)              # (out,)
             sBt = scaled_transpose(B, s, dtype)                     # (r, out)
             u = rows @ A_low.t()                                    # (N, r)
-            exact = W.element_size() >= 4
-            pays = len(rows) > W.size(1)                            # N > in
-            ctx.fold = exact and pays
+            is_precise = W.element_size() >= 4
+            has_many_tokens = len(rows) > W.size(1)                 # N > in
+            ctx.fold = is_precise and has_many_tokens
             if ctx.fold:
                 y = F.linear(rows, folded(W, A_low, sBt), b_low)    # (N, out)
             else:

@@ -102,8 +102,11 @@ class Step:
         self.settings = settings
         self.device = next(model.parameters()).device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        compiled = prepare(model, settings)
-        self.averaging = Averaging(compiled, list(self.trained.values()), settings.fsdp)
+        callable_model = prepare(model, settings)
+        # On one GPU, averaging.call is the model, and the rest of it does nothing.
+        # With several, it averages their gradients (lab/parallel.py).
+        trained = list(self.trained.values())
+        self.averaging = Averaging(callable_model, trained, settings.fsdp)
         self.can_be_captured = can_be_captured(settings, self.device)
         self.optimizers = make_optimizers(self.trained, settings, self.can_be_captured)
         self.skipped = torch.zeros((), device=self.device)              # steps: see update()
@@ -144,11 +147,12 @@ class Step:
         is counted in `skipped`.
         """
         self.averaging.finish()
-        limit = self.settings.grad_clip or math.inf
+        limit = self.settings.grad_clip or math.inf             # 0: no clipping
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
-        bad = ~norm.isfinite()
+        bad = ~norm.isfinite()      # a tensor: an `if` would make the CPU wait for the GPU
         self.skipped += bad
-        self.skipped_in_a_row.copy_((self.skipped_in_a_row + 1) * bad)
+        self.skipped_in_a_row += 1
+        self.skipped_in_a_row *= bad            # back to 0 after a good step
         for optimizer in self.optimizers:
             step_unless(bad, optimizer)
             optimizer.zero_grad()
@@ -183,9 +187,9 @@ def can_be_captured(settings, device):
 
 
 def autocast(model, dtype):
-    """`with autocast(model, dtype):` matrix products of a float32 model in `dtype`.
+    """A context in which a float32 model computes matrix products in `dtype`.
 
-    A model stored in bfloat16 computes in bfloat16 without it.
+    dtype is "float32" or "bfloat16". A model stored in bfloat16 needs no autocast.
     """
     weight = next(model.parameters())
     enabled = dtype == "bfloat16" and weight.dtype == torch.float32
@@ -223,7 +227,7 @@ def train(model, corpus, settings, dir, resume=False, watch=None, save_every=0):
     gradients of several steps in a row are not finite.
     """
     step = Step(model, settings)
-    take_step = captured(step)
+    take_step = captured(step)              # as a CUDA graph if possible, else step itself
     batches = Batches(corpus.train, settings.batch_size, settings.block_size, settings.seed)
     measure_bpb = partial(evaluate, model, corpus, settings.block_size, settings.dtype)
     model.train()
@@ -232,7 +236,9 @@ def train(model, corpus, settings, dir, resume=False, watch=None, save_every=0):
             progress.resume()
         for n in range(progress.start, settings.steps):
             progress.before_step(n)         # evaluate, save or stop, if it is time
-            torch.manual_seed(seed_of_step(settings.seed, n))       # of dropout
+            # Each process has dropout and rows of its own; a single process has all
+            # rows.
+            torch.manual_seed(seed_of_step(settings.seed, n))
             x, y = share_of(batches[n])
             step.set_learning_rate(n)
             loss = take_step(x.to(step.device), y.to(step.device))
@@ -243,6 +249,9 @@ def train(model, corpus, settings, dir, resume=False, watch=None, save_every=0):
 
 
 # ---- the commands ------------------------------------------------------------------
+# Under torchrun every process runs these functions. together() lets all processes
+# fail if one does, check_equal() makes sure that they read the same, and from_first()
+# lets the first one write. A single process just calls the function.
 
 def pretrain(data, out, preset=None, prompt=PROMPT, device=None, resume=NEVER, fresh=False,
              save_every=200, cache_dir=None, **chosen):
@@ -268,7 +277,7 @@ def pretrain(data, out, preset=None, prompt=PROMPT, device=None, resume=NEVER, f
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
     text = together(read_text, data, HELDOUT, Path(cache_dir, "downloads"), refresh=fresh)
-    encoding = train_bpe(text.all_train[:2**24])        # enough text to know its words
+    encoding = train_bpe(text.all_train[:2**24])        # 16M characters are enough
     corpus = tokenize(text, encoding, Path(cache_dir, "tokens"), settings.block_size)
     check_equal(corpus.digest, "texts")
     say_text(text, corpus, encoding)
@@ -315,7 +324,7 @@ def tune(base, data, out, method="lora", r=8, alpha=16.0, target_modules=TARGETS
     settings = settings_for(method, device, **chosen)
     if settings.fsdp and method == "full":
         raise UsageError("--fsdp divides a frozen base; it needs --method lora")
-    where = "cpu" if settings.fsdp else device
+    where = "cpu" if settings.fsdp else device          # shard() moves it to the GPUs
     model, encoding, _ = together(
         load_model, base, where, settings.dropout, settings.base_dtype
     )
@@ -327,7 +336,7 @@ def tune(base, data, out, method="lora", r=8, alpha=16.0, target_modules=TARGETS
     lora = None
     if method == "lora":
         if isinstance(target_modules, tuple):
-            target_modules = list(target_modules)       # as JSON has it
+            target_modules = list(target_modules)       # JSON has no tuples
         lora = {"r": r, "alpha": alpha, "target_modules": target_modules}
         add_lora(model, lora)
     asked = {
@@ -349,7 +358,9 @@ def tune(base, data, out, method="lora", r=8, alpha=16.0, target_modules=TARGETS
 
 
 def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **options):
-    """Tune a base both ways, measure what that costs, and report it: printed, as JSON, drawn.
+    """Tune a base fully and with LoRA, and compare quality, memory and time.
+
+    Prints the report, and writes it to comparison.json, with a picture.
 
     base_data   the text to measure forgetting on; by default what the base was trained on
     options     of tune(); a setting given here applies to both methods
@@ -360,7 +371,8 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
     device = pick_device(device)
     base_model, encoding, _ = load_model(base, device)
     base_text = text_of_base(base, base_data)
-    load_corpus(base_text, encoding, out, block_size=1)         # if it is missing, fail now
+    # If the text is missing or has changed, fail now, not after the training.
+    check_text_of_base(base, base_data, load_corpus(base_text, encoding, out, block_size=1))
     records = tune_both_ways(base, data, out, device, options)
 
     headline("The comparison (measuring memory and time, both methods in turn ...)")
@@ -378,7 +390,6 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
     qualities = quality(base_model, tuned, records, out, bpb)
     base_bpb = bpb(base_model, "base")
     report = comparison_report(base_model, base_bpb, records, costs, qualities, device)
-    check_text_of_base(base, base_data, corpora["base"])
     style, base_name = Path(data).stem, Path(base_text).stem
     write_comparison(report, records, style, out)
     print_comparison(report, predicted, records, style, base_name)
@@ -398,12 +409,12 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
 
 def tune_both_ways(base, data, out, device, options):
     """Full fine-tuning into out/full, and LoRA into out/lora: {method: record}."""
+    options = {**options, "device": device, "cache_dir": out, "resume": MAY}
     records = {}
     for method, name in METHODS.items():
-        headline(f"{name[0].upper()}{name[1:]} on {Path(data).stem}")
-        dir = Path(out, method)
-        options = {**options, "device": device, "cache_dir": out, "resume": MAY}
-        records[method] = tune(base, data, dir, method, **options)
+        title = name[0].upper() + name[1:]          # capitalize() would write "Lora"
+        headline(f"{title} on {Path(data).stem}")
+        records[method] = tune(base, data, Path(out, method), method, **options)
     return records
 
 

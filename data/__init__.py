@@ -70,8 +70,8 @@ def read_text(source, heldout, download_dir, refresh=False):
 
     source      the name of a built-in text, the path of a UTF-8 file, or an http(s) URL,
                 which is kept in download_dir
-    heldout     the share of the pieces to hold out, between 0 and 1; at least one is.
-                What a smaller share holds out, a larger one does as well
+    heldout     the share of the pieces to hold out, between 0 and 1 (at least one piece).
+                A larger share includes all that a smaller one holds out
     refresh     download a URL again
 
     <|endoftext|> separates stories. Long stories, and all stories of a text with
@@ -88,14 +88,14 @@ def read_text(source, heldout, download_dir, refresh=False):
         if is_url(source):
             path.unlink()               # so that the next run downloads it again
         raise
-    aside = choose_heldout(pieces, heldout)
-    digest = hashlib.sha256(repr(sorted(aside)).encode())
+    heldout_indices = choose_heldout(pieces, heldout)
+    digest = hashlib.sha256(repr(sorted(heldout_indices)).encode())
     for piece in pieces:
         digest.update(piece.text.encode() + (b"\0" if piece.ends_story else b"\1"))
     return Text(
         name=without_password(str(source)),
-        train=[piece for i, piece in enumerate(pieces) if i not in aside],
-        heldout=[piece for i, piece in enumerate(pieces) if i in aside],
+        train=[piece for i, piece in enumerate(pieces) if i not in heldout_indices],
+        heldout=[piece for i, piece in enumerate(pieces) if i in heldout_indices],
         digest=digest.hexdigest(),
     )
 
@@ -175,32 +175,35 @@ def cut_into_passages(story):
 
 
 def choose_heldout(pieces, share):
-    """The indices of the pieces to hold out: a share of them, at most LARGEST_HELDOUT bytes.
+    """The indices (a set) of the pieces to hold out, at most LARGEST_HELDOUT bytes.
 
-    The pieces stand in a fixed order, and a larger share goes further in it, so that
-    what one command holds out no other command trains on.
+    The pieces are drawn in a fixed random order, so a larger share holds out the same
+    pieces as a smaller one, and more: what one command holds out, no other command
+    trains on.
     """
     indices = range(len(pieces))
     rng = random.Random(SPLIT_SEED)
-    order = rng.sample(indices, max(1, round(HELDOUT * len(pieces))))
-    order += rng.sample(indices, len(pieces))
-    order = list(dict.fromkeys(order))              # each piece once
-    aside = set()
+    order = rng.sample(indices, max(1, round(HELDOUT * len(pieces))))   # what commands use
+    order += rng.sample(indices, len(pieces))                           # then all others
+    order = list(dict.fromkeys(order))                                  # each piece once
+    wanted = min(max(1, round(share * len(pieces))), len(pieces) - 1)
+    chosen = set()
     size = 0
-    for i in order[:max(1, round(share * len(pieces)))]:
+    for i in order[:wanted]:
         if size + pieces[i].size <= LARGEST_HELDOUT:
-            aside.add(i)
+            chosen.add(i)
             size += pieces[i].size
-    return aside
+    return chosen
 
 
 # ---- from stories to tokens --------------------------------------------------------
 
 @dataclass
 class Corpus:
-    """Tokens (N,), <|endoftext|> first and after each story.
+    """A text as token numbers.
 
-    heldout_bytes is the size of the held-out text alone.
+    train and heldout are (N,): <|endoftext|>, then each story followed by another
+    <|endoftext|>. heldout_bytes counts the held-out text only.
     """
 
     name: str
@@ -210,10 +213,10 @@ class Corpus:
     digest: str             # a hash of the text, the split and the tokenizer
 
     def heldout_windows(self, block_size, at_once):
-        """Yields the held-out text as pairs x, y (B, T) int64; y is shifted left by one.
+        """Yields the held-out text in batches x, y (B, T) int64; y is x shifted by one.
 
-        T is block_size and B at most at_once; the last pair is what remains, (1,
-        fewer than T). A window does not see the text before it.
+        T = block_size and B <= at_once. If tokens remain, the last batch is one
+        shorter row. No window sees the text before it.
         """
         tokens = torch.from_numpy(self.heldout.astype(np.int64))
         whole = (len(tokens) - 1) // block_size * block_size    # tokens in whole windows
@@ -262,7 +265,7 @@ def write_array(path, array):
 
 
 def is_intact(path):
-    """Whether a file is what write_array has written."""
+    """Whether a file is unchanged since write_array."""
     hash_path = path.with_suffix(".sha256")
     if not path.is_file() or not hash_path.is_file():
         return False
@@ -289,10 +292,10 @@ def encode(pieces, encoding, name):
 class Batches:
     """batches[n] -> x, y (B, T) int64: windows of tokens; y is shifted left by one.
 
-    Every epoch cuts the stream into windows at another offset, and shuffles them. A
-    batch depends on the seed and on its number only, so a resumed run sees what an
-    uninterrupted one would have seen. Raises ValueError if the stream is shorter than
-    two windows.
+    Every epoch cuts the stream into windows from a new random offset, and shuffles
+    them. A batch depends only on the seed and on its number, so a resumed run sees
+    the same batches. There is no last batch: index it, do not iterate over it. Raises
+    ValueError if the stream is shorter than two windows.
     """
 
     def __init__(self, tokens, batch_size, block_size, seed):

@@ -37,18 +37,19 @@ def naive_bpe(text, n_merges):
 
     Returns the learned tokens (bytes), in the order of merging.
     """
-    words = Counter(regex.findall(PATTERN, text))
-    frequency = list(words.values())
-    words = [list(word.encode()) for word in words]         # each word as a list of token numbers
+    word_counts = Counter(regex.findall(PATTERN, text))
+    frequency = list(word_counts.values())
+    words = [list(word.encode()) for word in word_counts]       # lists of token numbers
     vocab = list(BYTES)
     for _ in range(n_merges):
         counts = Counter()
         for word, times in zip(words, frequency):
             for pair in zip(word, word[1:]):
                 counts[pair] += times
-        if not counts or max(counts.values()) < 2:
-            break                                           # no pair occurs twice
-        pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        most = max(counts.values(), default=0)
+        if most < 2:
+            break                                               # no pair occurs twice
+        pair = min(pair for pair, count in counts.items() if count == most)
         words = [merge_pair(word, pair, len(vocab)) for word in words]
         vocab.append(vocab[pair[0]] + vocab[pair[1]])
     return vocab[256:]
@@ -68,6 +69,26 @@ def merge_pair(word, pair, new_token):
     return merged
 
 
+def naive_encode(text, learned):
+    """Encode a text with the tokens that naive_bpe returned. tiktoken does the same, but fast.
+
+    In each word, the pair that was learned first is merged first. Returns token numbers.
+    """
+    ranks = {token: rank for rank, token in enumerate([*BYTES, *learned])}
+    encoded = []
+    for word in regex.findall(PATTERN, text):
+        parts = [bytes([b]) for b in word.encode()]
+        while len(parts) > 1:
+            joined = [left + right for left, right in zip(parts, parts[1:])]
+            best = min(joined, key=lambda token: ranks.get(token, len(ranks)))
+            if best not in ranks:
+                break
+            i = joined.index(best)
+            parts[i:i + 2] = [best]
+        encoded += [ranks[part] for part in parts]
+    return encoded
+
+
 # ---- the fast count ----------------------------------------------------------------
 
 def train_bpe(text, vocab_size=2048):
@@ -79,7 +100,9 @@ def train_bpe(text, vocab_size=2048):
     <|endoftext|>. Shows progress. Raises ValueError for a vocab_size < 257.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and {EOT} make at least 257")
+        raise ValueError(f"vocab_size is {vocab_size}; expected at least 257: bytes and {EOT}")
+    if EOT in text:
+        raise ValueError(f"the text contains {EOT}; split it there, and pass the stories")
     pairs = PairCounts(Counter(regex.findall(PATTERN, text)))
     vocab = list(BYTES)
     options = dict(desc="learning tokens", delay=1, disable=None, leave=False)
@@ -92,7 +115,7 @@ def train_bpe(text, vocab_size=2048):
     return encoding_from_ranks({token: rank for rank, token in enumerate(vocab)})
 
 
-END = -1        # in the place of a token: before and after a word, and where one was merged away
+END = -1        # marks the ends of words, and places whose token was merged away
 
 
 class PairCounts:
@@ -109,7 +132,7 @@ class PairCounts:
         self.tokens = [END]
         self.times = [0]                        # how often the word of each token occurs
         self.counts = Counter()                 # {pair: how often it occurs}
-        self.places = defaultdict(list)         # {pair: where it starts, or did before}
+        self.places = defaultdict(list)         # {pair: where it starts; may be outdated}
         for word, times in words.items():
             encoded = word.encode()
             first = len(self.tokens)
@@ -119,8 +142,8 @@ class PairCounts:
             self.tokens += [*encoded, END]
             self.times += [times] * (len(encoded) + 1)
         n = len(self.tokens)
-        self.after = list(range(1, n + 1))      # where the next token is
-        self.before = list(range(-1, n - 1))    # where the one before is
+        self.after = list(range(1, n + 1))      # the index of the next token
+        self.before = list(range(-1, n - 1))    # the index of the previous token
         # A heap yields the most frequent pair. It may contain outdated counts; they are
         # recognized when they come up, and dropped.
         self.heap = [(-count, pair) for pair, count in self.counts.items()]
@@ -136,17 +159,22 @@ class PairCounts:
         return None
 
     def merge(self, pair, new_token):
-        """Merge a pair into a new token wherever it occurs, from left to right."""
+        """Merge a pair (a, b) into a new token wherever it occurs, from left to right.
+
+            left  a  b  right     becomes     left  new  right
+
+        So (left, a) and (b, right) occur less often; (left, new), (new, right) more often.
+        """
         tokens, after, before = self.tokens, self.after, self.before
         counts, places = self.counts, self.places
         a, b = pair
         changed = set()
         for i in sorted(places.pop(pair)):
-            gone = after[i]
-            if tokens[i] != a or tokens[gone] != b:
+            second = after[i]
+            if tokens[i] != a or tokens[second] != b:
                 continue                        # a merge before this one has taken a token
-            times, left, right = self.times[i], before[i], after[gone]
-            tokens[i], tokens[gone] = new_token, END
+            times, left, right = self.times[i], before[i], after[second]
+            tokens[i], tokens[second] = new_token, END
             after[i], before[right] = right, i
             if tokens[left] != END:
                 counts[tokens[left], a] -= times

@@ -62,7 +62,8 @@ class ChunkedLoss(torch.autograd.Function):
                 logits = x_low[part] @ W_low.t()            # (n, V + padding)
                 log_p = logits[:, :V].log_softmax(dim=-1, dtype=precise)
                 log_p_target = log_p.gather(1, targets[part])               # (n, 1)
-                loss -= (log_p_target.squeeze(1) * weights[part]).sum()
+                # Not in place: torch.compile of torch 2.11 would lose the gradients.
+                loss = loss - (log_p_target.squeeze(1) * weights[part]).sum()
                 if wants_gradients:
                     logits = to_gradient(logits, log_p, log_p_target, targets[part])
                     dx.append(logits @ W_low)               # weighted below, all at once
