@@ -50,12 +50,12 @@ from lab.comparison import (
     write_voices,
 )
 from lab.console import WIDTH, device_name, headline, say, shell_quoted, side_by_side
-from lab.files import COMPARISON, COMPARISON_PICTURE, VOICES, without_password
+from lab.files import COMPARISON, COMPARISON_PICTURE, VOICES, name_of, without_password
 from lab.gpt2_files import fingerprint
 from lab.models import (
     PROMPT,
     add_lora,
-    check_text_of_base,
+    check_texts,
     continue_text,
     keep_apart,
     load_corpus,
@@ -197,24 +197,34 @@ def autocast(model, dtype):
 
 
 @torch.no_grad()
-def evaluate(model, corpus, block_size, dtype="float32"):
+def evaluate(model, corpus, block_size, dtype="float32", at_once=None):
     """Bits per byte of the held-out text of a corpus, read in windows of block_size tokens.
 
-    The <|endoftext|> after a story costs bits but is not counted as a byte. The loss
-    is that of the model, so with the chunked loss evaluation needs no more memory
-    than training.
+    at_once windows are read in a batch; by default 4,096 tokens. The <|endoftext|>
+    after a story costs bits but is not counted as a byte.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     nats = 0.0
-    windows = max(1, 4096 // block_size)            # in a batch
-    for x, y in corpus.heldout_windows(block_size, at_once=windows):
+    at_once = at_once or max(1, 4096 // block_size)
+    for x, y in corpus.heldout_windows(block_size, at_once):
         with autocast(model, dtype):
             _, loss = model(x.to(device), y.to(device))
         nats += loss.item() * y.numel()
     model.train(was_training)
     return nats / math.log(2) / corpus.heldout_bytes
+
+
+def evaluate_as_trained(model, corpus, settings):
+    """evaluate() with no more windows at once than in a micro-batch of the training.
+
+    The loss is that of the model, chunked if it is so in training: evaluation needs no
+    more memory than a step.
+    """
+    rows = settings.batch_size // settings.accumulate // world()
+    at_once = max(1, min(rows, 4096 // settings.block_size))
+    return evaluate(model, corpus, settings.block_size, settings.dtype, at_once)
 
 
 def train(model, corpus, settings, dir, resume=False, watch=None, save_every=0):
@@ -229,7 +239,7 @@ def train(model, corpus, settings, dir, resume=False, watch=None, save_every=0):
     step = Step(model, settings)
     take_step = captured(step)              # as a CUDA graph if possible, else step itself
     batches = Batches(corpus.train, settings.batch_size, settings.block_size, settings.seed)
-    measure_bpb = partial(evaluate, model, corpus, settings.block_size, settings.dtype)
+    measure_bpb = partial(evaluate_as_trained, model, corpus, settings)
     model.train()
     with Progress(step, corpus.name, dir, measure_bpb, watch, save_every) as progress:
         if resume:
@@ -369,28 +379,26 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
     Returns the report written to comparison.json.
     """
     device = pick_device(device)
-    base_model, encoding, _ = load_model(base, device)
-    base_text = text_of_base(base, base_data)
-    # If the text is missing or has changed, fail now, not after the training.
-    check_text_of_base(base, base_data, load_corpus(base_text, encoding, out, block_size=1))
+    base_text = text_of_base(base, base_data, out)
     records = tune_both_ways(base, data, out, device, options)
 
     headline("The comparison (measuring memory and time, both methods in turn ...)")
     settings = settings_of(records["lora"])
+    base_model, encoding, _ = load_model(base, device)
     corpora = {
         "style": load_corpus(data, encoding, out, settings.block_size),
         "base": load_corpus(base_text, encoding, out, settings.block_size),
     }
 
     def bpb(model, text):
-        return evaluate(model, corpora[text], settings.block_size, settings.dtype)
+        return evaluate_as_trained(model, corpora[text], settings)
 
     costs, predicted = costs_of(records, base, device, corpora["style"], Step)
     tuned = load_tuned(base, out, device)
     qualities = quality(base_model, tuned, records, out, bpb)
     base_bpb = bpb(base_model, "base")
     report = comparison_report(base_model, base_bpb, records, costs, qualities, device)
-    style, base_name = Path(data).stem, Path(base_text).stem
+    style, base_name = name_of(data), name_of(base_text)
     write_comparison(report, records, style, out)
     print_comparison(report, predicted, records, style, base_name)
 
@@ -413,7 +421,7 @@ def tune_both_ways(base, data, out, device, options):
     records = {}
     for method, name in METHODS.items():
         title = name[0].upper() + name[1:]          # capitalize() would write "Lora"
-        headline(f"{title} on {Path(data).stem}")
+        headline(f"{title} on {name_of(data)}")
         records[method] = tune(base, data, Path(out, method), method, **options)
     return records
 
@@ -432,7 +440,12 @@ def voices(data=("pirate", "bard", "noir"), out="out", base=None, base_data=None
     sources = name_voices(data)
     device = pick_device(device)
     if base is None:
+        together(check_texts, sources, base_data or "tales", out)
         base = pretrain_base(out, preset, prompt, device, **options)
+    elif preset is not None:
+        raise UsageError("--preset is the shape of a new base; leave it out beside --base")
+    base_text = text_of_base(base, base_data, out)
+    together(check_texts, sources, base_text, out)
     lora = {"r": r, "alpha": alpha, "target_modules": target_modules}
     options = {**options, **lora, "device": device, "cache_dir": out, "resume": MAY}
     records = {}
@@ -443,16 +456,14 @@ def voices(data=("pirate", "bard", "noir"), out="out", base=None, base_data=None
     headline("One base, many voices")
     model, encoding, _ = load_model(base, device)
     settings = settings_of(next(iter(records.values())))
-    base_text = text_of_base(base, base_data)
     corpora = {}
-    for name, source in ({Path(base_text).stem: base_text} | sources).items():
+    for name, source in ({name_of(base_text): base_text} | sources).items():
         corpora[name] = load_corpus(source, encoding, out, settings.block_size)
-    check_text_of_base(base, base_data, corpora[Path(base_text).stem])
     dirs = {voice: Path(out, voice) for voice in sources}
     adapters = load_voices(model, base, dirs)
 
     def bpb(corpus):
-        return evaluate(model, corpus, settings.block_size, settings.dtype)
+        return evaluate_as_trained(model, corpus, settings)
 
     report = voices_report(base, dirs, score_voices(adapters, list(dirs), corpora, bpb))
     write_voices(report, out)

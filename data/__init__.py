@@ -53,6 +53,7 @@ class Text:
     train: list
     heldout: list
     digest: str             # a hash of the text and the split
+    download: Path | None   # the file, if the text comes from a URL
 
     @property
     def all_train(self):
@@ -97,6 +98,7 @@ def read_text(source, heldout, download_dir, refresh=False):
         train=[piece for i, piece in enumerate(pieces) if i not in heldout_indices],
         heldout=[piece for i, piece in enumerate(pieces) if i in heldout_indices],
         digest=digest.hexdigest(),
+        download=path if is_url(source) else None,
     )
 
 
@@ -161,10 +163,10 @@ def cut_into_pieces(content, path):
 
 
 PASSAGE = re.compile(
-    r".{1000,3000}?\n\s*\n"        # 1,000 characters, and on to the end of a paragraph;
-    r"|.{1000,4000}?\n"            # if there is none within 3,000, to the end of a line;
-    r"|.{1000,4000}?\s"            # or to a space;
-    r"|.{1,4000}",                 # or 4,000 characters, or what remains
+    r".{1000,3000}?\n[^\S\n]{0,99}\n"   # 1,000 characters, and on to the end of a paragraph;
+    r"|.{1000,4000}?\n"                 # if there is none within 3,000, to the end of a line;
+    r"|.{1000,4000}?\s"                 # or to a space;
+    r"|.{1,4000}",                      # or 4,000 characters, or what remains
     re.DOTALL,
 )
 
@@ -247,6 +249,8 @@ def tokenize(text, encoding, cache_dir, block_size):
         arrays[part] = np.load(path, mmap_mode="r")
     n_train, least = len(arrays["train"]), 4 * block_size
     if n_train < least:
+        if text.download is not None:
+            text.download.unlink(missing_ok=True)
         raise ValueError(
             f"{text.name} is too short: it has {n_train} tokens to train on, and "
             f"blocks of {block_size} need at least {least}. Give a longer text or a "

@@ -28,6 +28,7 @@ PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
 BYTES = [bytes([b]) for b in range(256)]
+LONGEST_WORD = 256          # characters
 
 
 # ---- the idea ----------------------------------------------------------------------
@@ -103,7 +104,7 @@ def train_bpe(text, vocab_size=2048):
         raise ValueError(f"vocab_size is {vocab_size}; expected at least 257: bytes and {EOT}")
     if EOT in text:
         raise ValueError(f"the text contains {EOT}; split it there, and pass the stories")
-    pairs = PairCounts(Counter(regex.findall(PATTERN, text)))
+    pairs = PairCounts(count_words(text))
     vocab = list(BYTES)
     options = dict(desc="learning tokens", delay=1, disable=None, leave=False)
     for _ in tqdm(range(vocab_size - 1 - len(vocab)), **options):
@@ -113,6 +114,19 @@ def train_bpe(text, vocab_size=2048):
         pairs.merge(pair, len(vocab))
         vocab.append(vocab[pair[0]] + vocab[pair[1]])
     return encoding_from_ranks({token: rank for rank, token in enumerate(vocab)})
+
+
+def count_words(text):
+    """How often each word occurs: {word: times}.
+
+    Longer words than LONGEST_WORD, a million spaces for example, are cut, or they would
+    become tokens of a megabyte.
+    """
+    counts = Counter()
+    for word in regex.findall(PATTERN, text):
+        for start in range(0, len(word), LONGEST_WORD):
+            counts[word[start:start + LONGEST_WORD]] += 1
+    return counts
 
 
 END = -1        # marks the ends of words, and places whose token was merged away

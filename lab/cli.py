@@ -4,22 +4,19 @@ The command line: flags, exit codes, and errors in one line.
 import argparse
 import inspect
 import math
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from lab import parallel
-from lab.console import prepare_streams, say, shell_quoted
-from lab.files import CHECKPOINT
+from lab.console import complain, prepare_streams, say, shell_quoted
+from lab.files import CHECKPOINT, without_password
 from lab.progress import Stopped, best_of
 from lab.runs import MUST
 from lab.settings import Settings, UsageError, flag, pick_device
 
 TEXTS = "a UTF-8 text file, a URL, or tales, pirate, bard, noir"
-# Flags that every command takes, and some have no use for.
-UNUSED = {"tune": ("prompt",), "merge": ("prompt", "device")}
 # What longer commands hand on to tune.
 OF_RUNS = {"resume", "fresh", "save_every"}
 HANDED_ON = {
@@ -38,12 +35,12 @@ def run(story, commands, argv=None, description=None):
     name = options.pop("command", None)
     debug = options.pop("debug", False)
     try:
-        device = options["device"] = pick_device(options.get("device"))
+        device = pick_device(options.get("device"))
         with parallel.processes(device):
-            call(commands.get(name, story), name, options)
+            call(commands.get(name, story), name, options, device)
         return 0
     except KeyboardInterrupt as stop:
-        print(f"\n{after_stop(stop, name, options)}", file=sys.stderr)
+        complain(f"\n{after_stop(stop, name, options)}")
         return 130
     except parallel.FirstFailed:
         return 1
@@ -52,15 +49,15 @@ def run(story, commands, argv=None, description=None):
             raise
         is_usage = isinstance(error, UsageError)        # which all processes notice
         if not is_usage or not parallel.name_of_process():
-            print(f"error: {parallel.name_of_process()}{in_one_line(error)}", file=sys.stderr)
+            complain(f"error: {parallel.name_of_process()}{in_one_line(error)}")
         return 2 if is_usage else 1
 
 
-def call(command, name, options):
+def call(command, name, options, device):
     """Call the function of a command with the flags that were given."""
-    for unused in UNUSED.get(name, ()):
-        options.pop(unused, None)
     refuse_other_flags(command, name, options)
+    if "device" in inspect.signature(command).parameters:
+        options["device"] = device
     if options.get("resume") and options.get("fresh"):
         raise UsageError("--resume continues a run and --fresh discards it; give one of them")
     if options.get("resume"):
@@ -90,7 +87,8 @@ def say_what_next(name, options, record):
     model = f"--base {out}"
     if name == "tune":
         first, best = record["curve"][0]["bpb"], best_of(record["curve"])
-        say(f"{options['data']}, held out: {first:.3f} bpb before, {best['bpb']:.3f} after (best "
+        data = without_password(options["data"])
+        say(f"{data}, held out: {first:.3f} bpb before, {best['bpb']:.3f} after (best "
             f"at step {best['step']}).")
         if options.get("method") != "full":
             model = f"--base {shell_quoted(options['base'])} --adapter {out}"
@@ -100,13 +98,18 @@ def say_what_next(name, options, record):
 def after_stop(stop, name, options):
     """What to say after Ctrl-C: whether there is something to continue, and how."""
     how = str(stop) if isinstance(stop, Stopped) else "stopped"
-    if name in ("pretrain", "tune"):
-        if Path(options["out"], CHECKPOINT).exists():
-            return f"{how}; run the same command with --resume to continue"
-        return f"{how}; nothing was saved, so run the same command again"
+    fresh = options.get("fresh")
     if name in ("sample", "merge"):
         return how
-    return f"{how}; run the same command again to continue"
+    if name not in ("pretrain", "tune"):
+        without = " without --fresh" if fresh else ""
+        return f"{how}; run the same command again{without} to continue"
+    has_checkpoint = Path(options["out"], CHECKPOINT).exists()
+    if fresh and isinstance(stop, Stopped):
+        return f"{how}; run the same command with --resume instead of --fresh to continue"
+    if has_checkpoint and not fresh:        # with --fresh it may be that of an older run
+        return f"{how}; run the same command with --resume to continue"
+    return f"{how}; nothing was saved, so run the same command again"
 
 
 def in_one_line(error):
@@ -132,6 +135,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(argument_default=argparse.SUPPRESS, **options)
+        self.register("action", None, Once)
+        self.register("action", "parsers", Subcommand)
 
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
@@ -143,6 +148,8 @@ def make_parser(description=None):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common(parser)
+    add_device(parser)
+    add_prompt(parser)
     add_training(parser)
     add_preset(parser)
     add_lora(parser)
@@ -158,12 +165,15 @@ def make_parser(description=None):
         return command
 
     command = add_command("pretrain", "train a base model from scratch")
+    add_device(command)
+    add_prompt(command)
     add_training(command)
     add_preset(command)
     add_data(command)
     add_out(command)
 
     command = add_command("tune", "tune a base model to a text")
+    add_device(command)
     add_training(command)
     command.add_argument(
         "--method", choices=("lora", "full"),
@@ -175,6 +185,8 @@ def make_parser(description=None):
     add_out(command)
 
     command = add_command("compare", "tune by both methods, and measure both")
+    add_device(command)
+    add_prompt(command)
     add_training(command)
     add_lora(command)
     add_base(command)
@@ -183,6 +195,8 @@ def make_parser(description=None):
     add_out(command)
 
     command = add_command("voices", "tune several adapters for one base")
+    add_device(command)
+    add_prompt(command)
     add_training(command)
     add_preset(command)
     add_lora(command)
@@ -194,6 +208,8 @@ def make_parser(description=None):
     add_base_data(command)
 
     command = add_command("sample", "continue a prompt, with the base and each adapter")
+    add_device(command)
+    add_prompt(command)
     add_base(command)
     command.add_argument(
         "--adapter", action="append",
@@ -203,18 +219,22 @@ def make_parser(description=None):
 
     command = add_command("merge", "merge an adapter into its base: a plain model directory")
     add_base(command)
-    command.add_argument(
-        "--adapter", required=True, action=Once, help="the adapter's directory"
-    )
+    command.add_argument("--adapter", required=True, help="the adapter's directory")
     command.add_argument("--fresh", action="store_true", help="replace what is in --out")
     add_out(command)
     return parser
 
 
 def add_common(parser):
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; by default the best available")
-    parser.add_argument("--prompt", help="what the samples begin with")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_device(parser):
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; by default the best available")
+
+
+def add_prompt(parser):
+    parser.add_argument("--prompt", help="what the samples begin with")
 
 
 def add_training(parser):
@@ -231,7 +251,7 @@ def add_training(parser):
     for setting in fields(Settings):
         options = {"help": setting.metadata["help"]}
         if setting.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            options["action"] = OnceOrNot
         else:
             options["type"] = setting.type
         parser.add_argument(flag(setting.name), **options)
@@ -290,12 +310,35 @@ def add_sampling(parser):
 
 
 class Once(argparse.Action):
-    """A flag whose second value would silently replace the first."""
+    """A flag whose second value would silently replace the first: it is an error."""
 
     def __call__(self, parser, namespace, value, option_string=None):
-        if hasattr(namespace, self.dest):
-            parser.error(f"{option_string} is given twice; give one")
+        refuse_second(parser, namespace, self.dest, option_string)
         setattr(namespace, self.dest, value)
+
+
+class OnceOrNot(argparse.BooleanOptionalAction):
+    """--flag or --no-flag, but not both."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        refuse_second(parser, namespace, self.dest, option_string)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class Subcommand(argparse._SubParsersAction):
+    """A command, which must not be given a flag that was also given before it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = {name: value for name, value in vars(namespace).items() if name != self.dest}
+        super().__call__(parser, namespace, values, option_string)
+        for name, value in before.items():
+            if getattr(namespace, name) is not value:
+                parser.error(f"{flag(name)} is given twice; give it once")
+
+
+def refuse_second(parser, namespace, dest, option_string):
+    if hasattr(namespace, dest):
+        parser.error(f"{option_string} is given twice; give it once")
 
 
 def number(kind, above):

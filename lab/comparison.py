@@ -12,6 +12,7 @@ import torch
 from data import Batches
 from lab import files
 from lab.console import WIDTH, bullet, device_name, say, side_by_side
+from lab.files import name_of, without_password
 from lab.gpt2_files import model_dir, weight_files
 from lab.measure import measure
 from lab.models import continue_text, load_model
@@ -27,6 +28,9 @@ KEPT_FILES = {      # what a method leaves on disk for a style
     "full": (files.MODEL, files.MODEL_CONFIG),
     "lora": (files.ADAPTER, files.ADAPTER_CONFIG),
 }
+
+# Names that voices uses itself, beside the adapters.
+TAKEN = {"", "base", "the base", "tokens", "downloads", "voices.json"}
 
 
 # ---- compare -----------------------------------------------------------------------
@@ -142,12 +146,15 @@ def print_samples(models, encoding, prompt):
 def name_voices(data):
     """{name: text} for several texts. Raises UsageError if two have the same name."""
     data = [data] if isinstance(data, str) else list(data)
-    sources = {Path(source).stem: source for source in data}
-    if len(sources) < len(data) or not data or "the base" in sources:
+    sources = {name_of(source): source for source in data}
+    if len(sources) < len(data) or not data:
+        shown = " ".join(without_password(str(source)) for source in data)
         raise UsageError(
-            f"--data {' '.join(map(str, data))}: adapters are named after the files, "
-            "which must have different names; rename one"
+            f"--data {shown}: adapters are named after the files, which must have "
+            "different names; rename one"
         )
+    for name in sources.keys() & TAKEN:
+        raise UsageError(f"a text cannot be called {name!r} here; rename its file")
     return sources
 
 

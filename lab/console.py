@@ -2,6 +2,7 @@
 What the program prints, and how: lines above the progress bar, sizes, tables, columns
 of text.
 """
+import contextlib
 import itertools
 import os
 import platform
@@ -44,6 +45,12 @@ def say(text):
         sys.stdout.flush()
     except (OSError, ValueError):           # a broken pipe, a closed stream
         silence(sys.stdout)
+
+
+def complain(text):
+    """Print an error, if anybody still reads."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def silence(stream):

@@ -1,6 +1,7 @@
 """
 Files that are written whole or not at all, and read with a clear error if they are damaged.
 """
+import base64
 import hashlib
 import json
 import os
@@ -8,8 +9,8 @@ import uuid
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import urlopen
+from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -192,10 +193,16 @@ def advice_on_pickles(dir):
 def download(url, path):
     """Fetch `url` into the file `path`, whole or not at all. Shows progress.
 
-    Raises OSError if it cannot be fetched, breaks off, or is larger than LARGEST_DOWNLOAD.
+    Raises OSError if it cannot be fetched, breaks off, is a web page instead of a text,
+    or is larger than LARGEST_DOWNLOAD.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with connected(url) as response, replacing(path) as temporary:
+        if response.headers.get_content_type() == "text/html":
+            raise OSError(
+                f"{without_password(url)} is a web page (text/html); expected the address "
+                "of a plain text"
+            )
         with open(temporary, "wb") as file:
             copy_response(response, file, without_password(url))
 
@@ -204,7 +211,7 @@ def download(url, path):
 def connected(url):
     """`with connected(url) as response:` an HTTP response; all errors name the URL."""
     try:
-        with urlopen(url, timeout=60) as response:
+        with urlopen(request_for(url), timeout=60) as response:
             yield response
     except (HTTPException, OSError, ValueError) as error:
         shown = without_password(url)
@@ -213,6 +220,17 @@ def connected(url):
         raise OSError(
             f"{shown} cannot be fetched ({error}); check the address and the network"
         ) from error
+
+
+def request_for(url):
+    """A request for a URL. A user and password in it are sent as urllib expects it."""
+    request = Request(without_password(url))
+    parts = urlsplit(url)
+    if parts.username is not None:
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        encoded = base64.b64encode(login.encode()).decode("ascii")
+        request.add_unredirected_header("Authorization", f"Basic {encoded}")
+    return request
 
 
 def copy_response(response, file, url):
@@ -234,9 +252,14 @@ def copy_response(response, file, url):
 def without_password(url):
     """A URL without the user and password in it; anything else as it is."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+    if not parts.scheme or "@" not in parts.netloc:
         return url
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def name_of(source):
+    """A short name for a text: the end of its path or URL, without the suffix."""
+    return Path(without_password(str(source))).stem
 
 
 def sha256_of(*paths):

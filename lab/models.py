@@ -12,9 +12,9 @@ from lab import files
 from lab.adapters import Adapters
 from lab.chunked_loss import chunked_loss
 from lab.console import WIDTH, say, shell_quoted, side_by_side
-from lab.files import sha256_of
+from lab.files import name_of, sha256_of
 from lab.gpt2_files import fingerprint, model_dir, write_model
-from lab.parallel import from_first
+from lab.parallel import check_equal, from_first, together
 from lab.runs import MAY, open_run, read_record
 from lab.settings import UsageError, default_loss_chunk, pick_device
 from lab.tokenizer_files import load_tokenizer, save_tokenizer
@@ -58,31 +58,59 @@ def load_corpus(data, encoding, cache_dir, block_size, refresh=False):
     return tokenize(text, encoding, Path(cache_dir, "tokens"), block_size)
 
 
-def text_of_base(base, base_data):
+def text_of_base(base, base_data, cache_dir):
     """The text to measure forgetting on: base_data or, if that is None, what the base learned.
+
+    All processes call this before they train, so that a text that is missing or has
+    changed is an error now and not after the training. Raises ValueError.
+    """
+    text, digest = together(find_text_of_base, base, base_data, cache_dir)
+    check_equal(digest, "texts to measure forgetting on")
+    return text
+
+
+def find_text_of_base(base, base_data, cache_dir):
+    """text_of_base() for one process: the text, and the digest of its Corpus.
 
     Raises ValueError if the base names a URL: a downloaded base must not decide what is fetched.
     """
-    if base_data is not None:
-        return base_data
-    trained_on = read_record(model_dir(base)).get("asked", {}).get("data") or "tales"
-    if is_url(trained_on):
+    asked = read_record(model_dir(base)).get("asked", {})
+    text = base_data or asked.get("data") or "tales"
+    if not isinstance(text, str | Path):
         raise ValueError(
-            f"the base was trained on {trained_on}; give that, or another text, with "
+            f"the training.json of {base} does not name a text, but {text!r}; give one "
+            "with --base-data"
+        )
+    if base_data is None and is_url(text):
+        raise ValueError(
+            f"the base was trained on {text}; give that, or another text, with "
             "--base-data"
         )
-    return trained_on
-
-
-def check_text_of_base(base, base_data, corpus):
-    """Raises ValueError if the text that the base was trained on has changed since."""
-    trained_on = read_record(model_dir(base)).get("asked", {}).get("corpus")
-    if base_data is None and trained_on not in (None, corpus.digest):
+    corpus = load_corpus(text, load_tokenizer(model_dir(base)), cache_dir, block_size=1)
+    if base_data is None and asked.get("corpus") not in (None, corpus.digest):
         raise ValueError(
             f"the text {corpus.name} is not the one that {base} was trained on: it, "
             "or how it is split, has changed since. Give a text to measure "
             "forgetting on with --base-data"
         )
+    return text, corpus.digest
+
+
+def check_texts(sources, base_text, cache_dir):
+    """Read each of several texts {name: text}, so that one that is missing is an error now.
+
+    Raises UsageError if one has the name of the base's text but is another.
+    """
+    name = name_of(base_text)
+    if name in sources and str(sources[name]) != str(base_text):
+        same_file = Path(sources[name]).resolve() == Path(base_text).resolve()
+        if not same_file:
+            raise UsageError(
+                f"--data {sources[name]} has the same name as {base_text}, the text of the "
+                "base; rename it"
+            )
+    for source in sources.values():
+        read_text(source, HELDOUT, Path(cache_dir, "downloads"))
 
 
 def add_lora(model, lora):
@@ -177,6 +205,8 @@ def sample(base, adapter=(), prompt=PROMPT, merge=False, max_new_tokens=150, tem
     Returns {directory: text}.
     """
     dirs = as_list(adapter)
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"--seed is {seed}; expected a number from 0 and below 2^64")
     if top_k == 0:
         top_k = None                    # no limit, as elsewhere
     model, encoding, _ = load_model(base, pick_device(device))

@@ -36,7 +36,18 @@ def is_first():
 
 def launched_by_torchrun():
     """Whether torchrun has started several processes, even if they are not connected yet."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return number_from("WORLD_SIZE", default=1) > 1
+
+
+def number_from(name, default):
+    """The number in an environment variable of torchrun. Raises ValueError if it is none."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ValueError(
+            f"the environment variable {name} is {value!r}; torchrun sets it to a number. "
+            "Unset it to train in a single process"
+        )
+    return int(value)
 
 
 def own_device():
@@ -46,8 +57,10 @@ def own_device():
 
 def name_of_process():
     """"[process 1] " for all but the first process, to begin its error messages."""
-    number = int(os.environ.get("RANK", 0)) if launched_by_torchrun() else 0
-    return f"[process {number}] " if number > 0 else ""
+    number = os.environ.get("RANK", "0")
+    if os.environ.get("WORLD_SIZE", "1") == "1" or number == "0":
+        return ""
+    return f"[process {number}] "
 
 
 @contextlib.contextmanager
@@ -56,6 +69,7 @@ def processes(device):
     if not launched_by_torchrun():
         yield
         return
+    number_from("RANK", default=0)
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)

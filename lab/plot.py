@@ -2,6 +2,8 @@
 The picture of a comparison: memory by kind, time by phase, and the held-out loss
 while training.
 """
+import warnings
+
 from matplotlib.figure import Figure
 
 from lab.files import replacing
@@ -40,7 +42,8 @@ def plot_comparison(report, curves, style, path):
     bpb_axes.legend(frameon=False)
     for axes in (memory_axes, time_axes, bpb_axes):
         axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")      # in a title, of no font here
         figure.savefig(temporary, dpi=120, format="png")
 
 

@@ -60,8 +60,14 @@ class Progress:
         self.bar = self.stack.enter_context(tqdm(total=self.settings.steps, **options))
         return self
 
-    def __exit__(self, *exception):
-        self.stack.close()
+    def __exit__(self, kind, *exception):
+        try:
+            if kind is None:
+                self.stop_if_asked(self.settings.steps)
+        finally:
+            self.stack.close()
+        if kind is None and self.signals:       # a signal that came just now
+            raise KeyboardInterrupt
 
     def resume(self):
         """Continue from the checkpoint in the directory."""
@@ -164,7 +170,6 @@ class Progress:
     def finish(self):
         """After the last step: evaluate, put the best weights back, and say what happened."""
         self.evaluate_if_due(self.settings.steps)
-        self.stop_if_asked(self.settings.steps)
         for name, p in self.step.trained.items():
             p.copy_(self.best[name])
         skipped = self.curve[-1]["skipped"]
@@ -196,7 +201,8 @@ def signals_noted():
     """The signals only append to the list that this yields, so that a step always
     finishes.
 
-    A second signal stops at once.
+    A second signal stops at once. Signals that the process ignores, as under nohup, stay
+    ignored.
     """
     noted = []
     old = {}
@@ -206,6 +212,8 @@ def signals_noted():
         signal.signal(number, old[number])
 
     for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            continue
         with suppress(ValueError):      # only the main thread may, and only it gets Ctrl-C
             old[number] = signal.signal(number, note)
     try:

@@ -75,7 +75,8 @@ def open_run(dir, asked, resume=NEVER, fresh=False):
         acquire(lock, dir)
         record, resuming = decide(dir, asked, resume, fresh)
         if record is None:
-            remove_leftovers(dir)
+            for place in (dir, dir / "tokens", dir / "downloads"):
+                remove_leftovers(place)
             if not resuming:
                 begin(dir, asked)
         return record, resuming

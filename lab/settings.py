@@ -62,11 +62,11 @@ class Settings:
             if value not in ("float32", "bfloat16"):
                 raise ValueError(f"{flag(name)} is {value!r}; expected float32 or bfloat16")
         tokens = self.batch_size * self.block_size
-        if tokens > 2**31:
+        if tokens > 2**24:
             raise ValueError(
                 f"--batch-size {self.batch_size} times --block-size "
                 f"{self.block_size} are {tokens:,} tokens in a step; expected at "
-                "most 2^31"
+                "most 2^24"
             )
 
     def check_range(self, name, least, below=sys.float_info.max):

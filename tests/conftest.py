@@ -23,6 +23,24 @@ def make_gpt(seed=0, std=0.2, **changes):
     return model.eval()
 
 
+def last_of_each(argv):
+    """A command line without the flags that come again later, with other values.
+
+    The tests add flags to those that they have in common; a user may not repeat one.
+    """
+    groups = []
+    for word in map(str, argv):
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    kept = []
+    for i, group in enumerate(groups):
+        later = [other[0] for other in groups[i + 1:]]
+        if group[0] not in later or group[0] == "--adapter":
+            kept += group
+    return kept
+
+
 @pytest.fixture
 def model():
     return make_gpt()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import BUILT_IN, Batches, Corpus, read_text, tokenize
-from data.bpe import EOT, naive_bpe, train_bpe
+from data.bpe import EOT, naive_bpe, naive_encode, train_bpe
 
 TEXT = BUILT_IN["pirate"].read_text(encoding="utf-8").replace(EOT, "\n")[:60_000]
 
@@ -35,6 +35,13 @@ def test_incremental_counts_learn_what_naive_counting_learns(text):
     encoding = train_bpe(text, vocab_size=300)
     learned = [encoding.decode_single_token_bytes(i) for i in range(256, encoding.eot_token)]
     assert learned == naive_bpe(text, n_merges=300 - 257)
+
+
+def test_naive_encoding_is_what_tiktoken_does():
+    text = BUILT_IN["noir"].read_text(encoding="utf-8").replace(EOT, "")[:20_000]
+    encoding = train_bpe(text, vocab_size=400)
+    learned = [encoding.decode_single_token_bytes(rank) for rank in range(256, 399)]
+    assert naive_encode(text[-2000:], learned) == encoding.encode_ordinary(text[-2000:])
 
 
 def random_text(rng):

@@ -30,7 +30,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from conftest import make_gpt
+from conftest import last_of_each, make_gpt
 from data.bpe import EOT, train_bpe
 from gpt import GPT
 from lab.adapters import Adapters
@@ -1036,7 +1036,7 @@ def home(tmp_path_factory):
 
 
 def run(*argv):
-    return main([str(arg) for arg in argv])
+    return main(last_of_each(argv))
 
 
 TINY = ["--steps", "1", "--batch-size", "1", "--block-size", "8", "--device", "cpu",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
-from conftest import make_gpt
+from conftest import last_of_each, make_gpt
 from data import BUILT_IN
 from lab.runs import MAY, MUST, NEVER, open_run
 from train import Step, main
@@ -28,7 +28,7 @@ def base(tmp_path_factory):
 
 def run(capsys, *argv):
     """Run a command line. Returns (exit code, what it printed, its errors)."""
-    code = main([str(arg) for arg in argv])
+    code = main(last_of_each(argv))
     return code, *capsys.readouterr()
 
 
