@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import nn
 
 import train
-from conftest import make_gpt
+from conftest import last_of_each, make_gpt
 from data import read_text, tokenize
 from data.bpe import train_bpe
 from gpt import GPT
@@ -73,7 +73,7 @@ def tune(home):
 def run(capsys, *argv):
     """Run a command line. Returns (exit code, what it printed, its errors)."""
     try:
-        code = main([str(arg) for arg in argv])
+        code = main(last_of_each(argv))
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
@@ -588,7 +588,9 @@ def run_two_processes(*argv):
     ("lora", ["--fsdp"]),
 ])
 def test_two_processes_take_the_steps_of_one(home, tmp_path, method, flags):
-    argv = [*tune(home), "--batch-size", "8", "--dropout", "0", "--method", method]
+    argv = last_of_each([
+        *tune(home), "--batch-size", "8", "--dropout", "0", "--method", method,
+    ])
     flags_of_one = [flag for flag in flags if flag != "--fsdp"]
     assert main([*argv, *flags_of_one, "--out", str(tmp_path / "one")]) == 0
     result = run_two_processes(*argv, *flags, "--out", tmp_path / "two")
