@@ -106,8 +106,8 @@ def check_texts(sources, base_text, cache_dir):
         same_file = Path(sources[name]).resolve() == Path(base_text).resolve()
         if not same_file:
             raise UsageError(
-                f"--data {sources[name]} has the same name as {base_text}, the text of the "
-                "base; rename it"
+                f"--data has a text called {name!r}, and so is the text of the base; "
+                "rename the file"
             )
     for source in sources.values():
         read_text(source, HELDOUT, Path(cache_dir, "downloads"))
