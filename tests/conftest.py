@@ -4,10 +4,41 @@ os.environ["HF_HUB_OFFLINE"] = "1"          # the oracles must not use the netwo
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"         # small products gain nothing from threads
 
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from gpt import GPT, GPTConfig  # noqa: E402
+
+
+def is_of_notebooks(item):
+    return item.path.name == "test_notebooks.py"
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of the notebooks come last: they wait for running_notebooks."""
+    items.sort(key=is_of_notebooks)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def running_notebooks(request, tmp_path_factory):
+    """Execute the notebooks on another core while the other tests run.
+
+    Returns the process, and the directory that it fills (helpers_notebooks.py); or None if
+    no test needs them.
+    """
+    if not any(map(is_of_notebooks, request.session.items)):
+        yield None
+        return
+    dir = tmp_path_factory.mktemp("notebooks")
+    script = Path(__file__).with_name("helpers_notebooks.py")
+    process = subprocess.Popen([sys.executable, script, dir], stderr=subprocess.DEVNULL)
+    yield process, dir
+    process.terminate()
+    process.wait()
 
 
 def make_gpt(seed=0, std=0.2, **changes):

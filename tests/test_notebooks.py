@@ -1,44 +1,27 @@
 """The notebooks run from top to bottom, and are committed with their outputs."""
 import base64
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import time
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from helpers_notebooks import NOTEBOOKS
 
-from train import pretrain
-
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 # Paths of one machine, which no output should show.
 LOCAL_PATH = re.compile(r"/(home|root|tmp|Users|mnt)/|site-packages")
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """{path: a future of the notebook after its run}. Two run at a time, each on one core."""
-    place = tmp_path_factory.mktemp("place") / "notebooks"
-    place.mkdir()
-    # They share this base; the first to need it would make it.
-    base = place.parent / "out" / "notebooks" / "base"
-    pretrain("tales", base, steps=300, eval_every=100, device="cpu")
-
-    def execute(path):
-        notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(
-            notebook, timeout=600, kernel_name="python3",
-            resources={"metadata": {"path": str(place)}},
-        )
-        client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
-        return notebook
-
-    with ThreadPoolExecutor(2) as pool:
-        yield {path: pool.submit(execute, path) for path in NOTEBOOKS}
+def executed(path, running):
+    """The notebook after its run, which may still have to end."""
+    process, dir = running
+    copy = dir / "done" / path.name
+    while not copy.exists() and process.poll() is None:
+        time.sleep(0.2)
+    content = copy.read_text(encoding="utf-8")
+    assert not content.startswith("error: "), content
+    return nbformat.reads(content, as_version=4)
 
 
 def code_cells(notebook):
@@ -72,8 +55,8 @@ def pictures(notebook):
 
 
 @each
-def test_a_notebook_runs_from_top_to_bottom_without_a_warning(executed, path):
-    assert not trouble(executed[path].result())
+def test_a_notebook_runs_from_top_to_bottom_without_a_warning(running_notebooks, path):
+    assert not trouble(executed(path, running_notebooks))
 
 
 @each
