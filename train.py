@@ -50,7 +50,15 @@ from lab.comparison import (
     write_voices,
 )
 from lab.console import WIDTH, device_name, headline, say, shell_quoted, side_by_side
-from lab.files import COMPARISON, COMPARISON_PICTURE, VOICES, name_of, without_password
+from lab.files import (
+    COMPARISON,
+    COMPARISON_PICTURE,
+    DOWNLOADS,
+    TOKENS,
+    VOICES,
+    name_of,
+    without_password,
+)
 from lab.gpt2_files import fingerprint
 from lab.models import (
     PROMPT,
@@ -286,9 +294,9 @@ def pretrain(data, out, preset=None, prompt=PROMPT, device=None, resume=NEVER, f
     preset = preset or recipe(device)["preset"]
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
-    text = together(read_text, data, HELDOUT, Path(cache_dir, "downloads"), refresh=fresh)
+    text = together(read_text, data, HELDOUT, Path(cache_dir, DOWNLOADS), refresh=fresh)
     encoding = train_bpe(text.all_train[:2**24])        # 16M characters are enough
-    corpus = tokenize(text, encoding, Path(cache_dir, "tokens"), settings.block_size)
+    corpus = tokenize(text, encoding, Path(cache_dir, TOKENS), settings.block_size)
     check_equal(corpus.digest, "texts")
     say_text(text, corpus, encoding)
     config = GPTConfig.preset(
@@ -442,10 +450,12 @@ def voices(data=("pirate", "bard", "noir"), out="out", base=None, base_data=None
     if base is None:
         together(check_texts, sources, base_data or "tales", out)
         base = pretrain_base(out, preset, prompt, device, **options)
-    elif preset is not None:
-        raise UsageError("--preset is the shape of a new base; leave it out beside --base")
-    base_text = text_of_base(base, base_data, out)
-    together(check_texts, sources, base_text, out)
+        base_text = text_of_base(base, base_data, out)
+    else:
+        if preset is not None:
+            raise UsageError("--preset is the shape of a new base; leave it out beside --base")
+        base_text = text_of_base(base, base_data, out)
+        together(check_texts, sources, base_text, out)
     lora = {"r": r, "alpha": alpha, "target_modules": target_modules}
     options = {**options, **lora, "device": device, "cache_dir": out, "resume": MAY}
     records = {}

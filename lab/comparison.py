@@ -15,7 +15,7 @@ from lab.console import WIDTH, bullet, device_name, say, side_by_side
 from lab.files import name_of, without_password
 from lab.gpt2_files import model_dir, weight_files
 from lab.measure import measure
-from lab.models import continue_text, load_model
+from lab.models import as_list, continue_text, load_model
 from lab.parallel import from_first
 from lab.plot import plot_comparison
 from lab.predict import predict
@@ -30,7 +30,7 @@ KEPT_FILES = {      # what a method leaves on disk for a style
 }
 
 # Names that voices uses itself, beside the adapters.
-TAKEN = {"", "base", "the base", "tokens", "downloads", "voices.json"}
+TAKEN = {"", "base", "the base", files.TOKENS, files.DOWNLOADS, files.VOICES}
 
 
 # ---- compare -----------------------------------------------------------------------
@@ -145,10 +145,10 @@ def print_samples(models, encoding, prompt):
 
 def name_voices(data):
     """{name: text} for several texts. Raises UsageError if two have the same name."""
-    data = [data] if isinstance(data, str) else list(data)
+    data = as_list(data)
     sources = {name_of(source): source for source in data}
     if len(sources) < len(data) or not data:
-        shown = " ".join(without_password(str(source)) for source in data)
+        shown = " ".join(map(without_password, data))
         raise UsageError(
             f"--data {shown}: adapters are named after the files, which must have "
             "different names; rename one"

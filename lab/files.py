@@ -36,6 +36,8 @@ CHECKPOINT = "checkpoint.safetensors"
 COMPARISON = "comparison.json"
 COMPARISON_PICTURE = "comparison.png"
 VOICES = "voices.json"
+TOKENS = "tokens"           # directories, below the cache_dir of a run
+DOWNLOADS = "downloads"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")      # weights that could run code when they are read
 LARGEST_DOWNLOAD = 2**31                        # bytes
@@ -112,6 +114,19 @@ def write_json(path, value, indent=2):
     """Write `value` as JSON, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+
+
+def write_weights(dir, name, tensors, config_name, config):
+    """Write a model or an adapter into `dir`: its tensors, and then its config.
+
+    Without its config it is recognizably broken: after a crash between the two files,
+    new tensors are not read with an old config.
+    """
+    dir = Path(dir)
+    dir.mkdir(parents=True, exist_ok=True)
+    (dir / config_name).unlink(missing_ok=True)
+    write_tensors(dir / name, tensors)
+    write_json(dir / config_name, config)
 
 
 def write_tensors(path, tensors, metadata=None):

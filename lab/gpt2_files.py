@@ -19,8 +19,7 @@ from lab.files import (
     read_tensor,
     sha256_of,
     some,
-    write_json,
-    write_tensors,
+    write_weights,
 )
 
 # What gpt.py implements, in the terms of transformers: the values that config.json
@@ -65,13 +64,7 @@ def write_model(model, dir, eos_token_id=None):
         tensor = state[name] if name in state else torch.zeros(shape)
         tensors[name] = (tensor.t() if is_transposed(name) else tensor).contiguous()
     config = config_json(model, eos_token_id)
-    dir = Path(dir)
-    dir.mkdir(parents=True, exist_ok=True)
-    # Without its config a model is recognizably broken: after a crash between the two
-    # files, new weights must not be read with an old config.
-    (dir / files.MODEL_CONFIG).unlink(missing_ok=True)
-    write_tensors(dir / files.MODEL, tensors)
-    write_json(dir / files.MODEL_CONFIG, config)
+    write_weights(dir, files.MODEL, tensors, files.MODEL_CONFIG, config)
 
 
 def config_json(model, eos_token_id=None):

@@ -54,8 +54,8 @@ def load_model(base, device, dropout=0.0, dtype="float32"):
 
 def load_corpus(data, encoding, cache_dir, block_size, refresh=False):
     """The Corpus of a text; token files and downloads are kept below cache_dir."""
-    text = read_text(data, HELDOUT, Path(cache_dir, "downloads"), refresh)
-    return tokenize(text, encoding, Path(cache_dir, "tokens"), block_size)
+    text = read_text(data, HELDOUT, Path(cache_dir, files.DOWNLOADS), refresh)
+    return tokenize(text, encoding, Path(cache_dir, files.TOKENS), block_size)
 
 
 def text_of_base(base, base_data, cache_dir):
@@ -110,7 +110,7 @@ def check_texts(sources, base_text, cache_dir):
                 "rename the file"
             )
     for source in sources.values():
-        read_text(source, HELDOUT, Path(cache_dir, "downloads"))
+        read_text(source, HELDOUT, Path(cache_dir, files.DOWNLOADS))
 
 
 def add_lora(model, lora):

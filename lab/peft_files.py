@@ -26,8 +26,7 @@ from lab.files import (
     read_all,
     read_json,
     some,
-    write_json,
-    write_tensors,
+    write_weights,
 )
 from lora_minimal import (
     active_layers,
@@ -101,13 +100,7 @@ def save_lora(model, dir, base_model_name_or_path=None):
         base_model_name_or_path = str(base_model_name_or_path)
     config["base_model_name_or_path"] = base_model_name_or_path
     base = json.dumps(base_model_name_or_path or "unknown")
-    dir = Path(dir)
-    dir.mkdir(parents=True, exist_ok=True)
-    # Without its config an adapter is recognizably broken: after a crash between the
-    # two files, new tensors must not be read with the alpha of an old config.
-    (dir / files.ADAPTER_CONFIG).unlink(missing_ok=True)
-    write_tensors(dir / files.ADAPTER, tensors)
-    write_json(dir / files.ADAPTER_CONFIG, config)
+    write_weights(dir, files.ADAPTER, tensors, files.ADAPTER_CONFIG, config)
     files.write_card(dir, CARD.format(base=base, r=config["r"]))
 
 
@@ -366,7 +359,8 @@ def check_fit(model, dir, settings, state):
         shapes[f"{path}.lora_A"] = (arguments["r"], in_features)
         shapes[f"{path}.lora_B"] = (out_features, arguments["r"])
     others = state.keys() - shapes.keys()
-    changed = [name for name in others if not equals_own_weight(model, name, state[name])]
+    weights = model.state_dict()
+    changed = [name for name in others if not equals_own_weight(weights, name, state[name])]
     if changed:
         raise ValueError(
             f"{dir} is not a plain LoRA: unexpected tensors {some(changed)}, which "
@@ -375,10 +369,10 @@ def check_fit(model, dir, settings, state):
     check_state({name: state[name] for name in shapes}, shapes)
 
 
-def equals_own_weight(model, name, tensor):
-    """Whether a tensor of an adapter file is a copy of a weight of the model."""
+def equals_own_weight(weights, name, tensor):
+    """Whether a tensor of an adapter file is a copy of one of the model's {name: weight}."""
     own_name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-    own = model.state_dict().get(own_name)
+    own = weights.get(own_name)
     if own is None or own.shape != tensor.shape:
         return False
     return torch.equal(own.cpu().to(tensor.dtype), tensor)

@@ -75,7 +75,7 @@ def open_run(dir, asked, resume=NEVER, fresh=False):
         acquire(lock, dir)
         record, resuming = decide(dir, asked, resume, fresh)
         if record is None:
-            for place in (dir, dir / "tokens", dir / "downloads"):
+            for place in (dir, dir / files.TOKENS, dir / files.DOWNLOADS):
                 remove_leftovers(place)
             if not resuming:
                 begin(dir, asked)

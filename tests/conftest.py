@@ -11,6 +11,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import train  # noqa: E402
 from gpt import GPT, GPTConfig  # noqa: E402
 
 
@@ -70,6 +71,15 @@ def last_of_each(argv):
         if group[0] not in later or group[0] == "--adapter":
             kept += group
     return kept
+
+
+def run(capsys, *argv):
+    """Run a command line. Returns (exit code, what it printed, its errors)."""
+    try:
+        code = train.main(last_of_each(argv))
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import train
-from conftest import last_of_each, make_gpt
+from conftest import make_gpt, run
 from data import BUILT_IN, read_text, tokenize
 from gpt import GPT
 from lab.settings import UsageError
@@ -62,12 +62,6 @@ def small_base(tmp_path_factory):
     dir = tmp_path_factory.mktemp("small") / "base"
     train.pretrain("noir", dir, **MINI)
     return dir
-
-
-def run(capsys, *argv):
-    """Run a command line. Returns (exit code, what it printed, its errors)."""
-    code = main(last_of_each(argv))
-    return code, *capsys.readouterr()
 
 
 def read(path):

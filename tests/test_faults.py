@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import nn
 
 import train
-from conftest import last_of_each, make_gpt
+from conftest import last_of_each, make_gpt, run
 from data import read_text, tokenize
 from data.bpe import train_bpe
 from gpt import GPT
@@ -68,15 +68,6 @@ def make_stories():
 def tune(home):
     """A command line that tunes the base to the text; --out is missing."""
     return ["tune", "--base", str(home / "base"), "--data", str(home / "text.txt"), *TINY]
-
-
-def run(capsys, *argv):
-    """Run a command line. Returns (exit code, what it printed, its errors)."""
-    try:
-        code = main(last_of_each(argv))
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
 
 
 def is_one_line(error):

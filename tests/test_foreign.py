@@ -996,7 +996,11 @@ def with_a_gap(raw):
 
 def test_an_end_of_text_behind_a_gap_is_read_right_or_refused(tokenizer):
     edit_json(tokenizer / "tokenizer.json", with_a_gap)
-    theirs = ids_of_tokenizers(tokenizer)
+    check_read_right_or_refused(tokenizer, ids_of_tokenizers(tokenizer))
+
+
+def check_read_right_or_refused(tokenizer, theirs):
+    """Check that a tokenizer is not loaded, or gives the ids that others give."""
     try:
         ours = load_tokenizer(tokenizer)
     except ValueError:
@@ -1014,12 +1018,7 @@ def test_what_the_files_beside_a_tokenizer_ask_for_is_honored_or_refused(tokeniz
     path = tokenizer / name
     before = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(before | content))
-    theirs = ids_of_transformers(tokenizer)
-    try:
-        ours = load_tokenizer(tokenizer)
-    except ValueError:
-        return
-    check_ids(ours, theirs)
+    check_read_right_or_refused(tokenizer, ids_of_transformers(tokenizer))
 
 
 # ---- directories that hold something else --------------------------------------------------------

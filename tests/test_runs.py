@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
-from conftest import last_of_each, make_gpt
+from conftest import make_gpt, run
 from data import BUILT_IN
 from lab.runs import MAY, MUST, NEVER, open_run
 from train import Step, main
@@ -24,12 +24,6 @@ def base(tmp_path_factory):
     dir = tmp_path_factory.mktemp("runs") / "base"
     assert main(["pretrain", "--data", "noir", "--out", str(dir), *MINI]) == 0
     return str(dir)
-
-
-def run(capsys, *argv):
-    """Run a command line. Returns (exit code, what it printed, its errors)."""
-    code = main(last_of_each(argv))
-    return code, *capsys.readouterr()
 
 
 def press_ctrl_c(monkeypatch, at_call):

@@ -19,7 +19,7 @@ import torch
 
 import lab.models
 import train
-from conftest import last_of_each, make_gpt
+from conftest import last_of_each, make_gpt, run
 from data import LARGEST_HELDOUT, Corpus, encode, read_text
 from data.bpe import EOT, train_bpe
 from lab.adapters import Adapters
@@ -60,15 +60,6 @@ def write_stories(path, *places):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(EOT.join(stories), encoding="utf-8")
     return path
-
-
-def run(capsys, *argv):
-    """Run a command line. Returns (exit code, what it printed, its errors)."""
-    try:
-        code = main(last_of_each(argv))
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
 
 
 def tune(home, out, *flags):
