@@ -772,7 +772,7 @@ class LoRAProduct(torch.autograd.Function):
     Adding s B A to W first ("folding") pays if there are more tokens than inputs. It
     rounds the sum to the dtype of the products. If W is float32, that costs no more
     precision than rounding W, which autocast does anyway. A W of 16 bits would
-    swallow small updates, so there the low-rank terms are added to the results.
+    swallow small updates, so there s B A stays apart: see with_low_rank_term.
 
     Saved for backward: x, W, and tensors with a side of length r.
     """
@@ -795,8 +795,7 @@ class LoRAProduct(torch.autograd.Function):
             if ctx.fold:
                 y = F.linear(rows, folded(W, A_low, sBt), b_low)    # (N, out)
             else:
-                y = F.linear(rows, W.to(dtype), b_low)              # (N, out)
-                y.addmm_(u, sBt)
+                y = with_low_rank_term(rows, W.to(dtype).t(), u, sBt, b_low)
         ctx.save_for_backward(rows, u, W, A_low, sBt)
         ctx.s = s
         ctx.x_shape = x.shape
@@ -820,10 +819,28 @@ class LoRAProduct(torch.autograd.Function):
             if ctx.fold:
                 dx = g @ folded(W, A_low, sBt)                      # (N, in)
             else:
-                dx = g @ W.to(rows.dtype)                           # (N, in)
-                dx.addmm_(v, A_low)
+                dx = with_low_rank_term(g, W.to(rows.dtype), v, A_low)
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
         return dx, None, None, dA.to(ctx.A_dtype), dB.to(ctx.B_dtype), None
+
+
+def with_low_rank_term(X, W, u, C, b=None):
+    """X W + u C + b (N, n), for X (N, m), W (m, n), u (N, r), C (r, n) and b (n,) or None.
+
+    Adding u C to the result X W reads and writes all of it: 49 µs beside the 61 of X W
+    for 8,192 tokens, 768 -> 3072, on an H100. If the result is much wider than X, it
+    takes less time to copy X and W, and compute the sum as one product:
+
+        X W + u C = [X u] [W]
+                          [C]
+    """
+    N, m = X.shape
+    aligned = (m + u.size(1)) % 8 == 0              # else the product is slow on a GPU
+    if W.size(1) >= 2 * m and m < N and aligned:
+        WC = torch.cat((W.t(), C.t()), dim=1)       # (n, m + r)
+        return F.linear(torch.cat((X, u), dim=1), WC, b)
+    y = F.linear(X, W.t(), b)
+    return y.addmm_(u, C)
 
 
 def scaled_transpose(B, s, dtype):

@@ -22,7 +22,6 @@ and models with different tokenizers can be compared. The held-out text also sel
 the best weights, so it is a validation set.
 """
 import math
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -81,6 +80,7 @@ from lab.parallel import (
     Averaging,
     check_equal,
     from_first,
+    leave,
     seed_of_step,
     shard,
     share_of,
@@ -189,9 +189,7 @@ def can_be_captured(settings, device):
     """Whether a step can be a CUDA graph: see lab/capture.py."""
     if device.type != "cuda" or not settings.graph:
         return False
-    # torch's Muon reads its learning rate on the CPU; several processes exchange
-    # gradients.
-    return settings.muon_lr == 0 and world() == 1
+    return world() == 1         # several processes exchange gradients
 
 
 def autocast(model, dtype):
@@ -526,4 +524,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

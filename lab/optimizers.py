@@ -3,14 +3,16 @@ AdamW and Muon for a model, in eager steps and in captured ones.
 """
 import torch
 
+from lab.muon import Muon
+
 
 def make_optimizers(trained, settings, capturable):
     """AdamW for `trained` {name: parameter}, or Muon and AdamW if muon_lr is not 0.
 
-    Muon (Jordan et al. 2024) makes each update of a matrix nearly orthogonal; it
-    trains the matrices of the blocks. Biases and layer norms, which have one
+    Muon trains the matrices of the blocks. Biases and layer norms, which have one
     dimension, do not decay. AdamW's betas are those of GPT-3 (Brown et al. 2020,
-    appendix B). `capturable` keeps the learning rate in a tensor.
+    appendix B). `capturable` keeps the learning rates in tensors, which a captured
+    step reads.
     """
     by_muon, decaying, others = [], [], []
     for name, p in trained.items():
@@ -20,18 +22,21 @@ def make_optimizers(trained, settings, capturable):
             decaying.append(p)
         else:
             others.append(p)
-    lr = settings.lr
-    if capturable:
-        lr = torch.tensor(settings.lr, device=next(iter(trained.values())).device)
     groups = [
         {"params": decaying, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    options = dict(betas=(0.9, 0.95), fused=True, capturable=capturable)
-    optimizers = [torch.optim.AdamW(groups, lr=lr, **options)]
+    device = next(iter(trained.values())).device
+    lr, muon_lr = settings.lr, settings.muon_lr
+    if capturable:
+        lr = torch.tensor(lr, device=device)
+        muon_lr = torch.tensor(muon_lr, device=device)
+    adamw = torch.optim.AdamW(
+        groups, lr=lr, betas=(0.9, 0.95), fused=True, capturable=capturable
+    )
+    optimizers = [adamw]
     if by_muon:
-        options = dict(lr=settings.muon_lr, weight_decay=settings.weight_decay)
-        optimizers.append(torch.optim.Muon(by_muon, **options))
+        optimizers.append(Muon(by_muon, muon_lr, settings.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = float(group["lr"])       # see scale_learning_rates
@@ -52,11 +57,13 @@ def scale_learning_rates(optimizers, factor):
 def step_unless(bad, optimizer):
     """Take the optimizer's step unless the tensor `bad` () is true.
 
-    A fused optimizer can skip the update by itself, if found_inf is 1 (GradScaler
-    uses this), so that the CPU does not wait for a GPU to read `bad`. MPS ignores
-    found_inf.
+    Muon and a fused AdamW can skip the update by themselves, so that the CPU does not
+    wait for a GPU to read `bad`. AdamW does so if found_inf is 1 (GradScaler uses
+    this); on MPS it ignores found_inf.
     """
-    if optimizer.defaults.get("fused") and bad.device.type != "mps":
+    if isinstance(optimizer, Muon):
+        optimizer.step(unless=bad)
+    elif bad.device.type != "mps":
         optimizer.found_inf = bad.float()
         optimizer.step()
     elif not bad:

@@ -8,6 +8,7 @@ only its share of the frozen weights. The first process alone prints and writes 
 import contextlib
 import gc
 import os
+import sys
 import warnings
 from datetime import timedelta
 
@@ -82,8 +83,21 @@ def processes(device):
     try:
         yield
     finally:
-        gc.collect()        # free what uses the group first, or the interpreter may abort at exit
+        gc.collect()        # free what uses the group before the group itself
         distributed.destroy_process_group()
+
+
+def leave(code):
+    """End the process with an exit code. Nothing after this runs.
+
+    One of several processes ends without Python's own cleanup: a thread of gloo may
+    still be freeing tensors, and would abort the process if that cleanup has begun.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class FirstFailed(Exception):

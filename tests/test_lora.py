@@ -35,6 +35,7 @@ from lora_minimal import (
     remove_lora,
     save_lora,
     unmerge_lora,
+    with_low_rank_term,
 )
 
 # ---- the layer -----------------------------------------------------------------------------------
@@ -669,6 +670,40 @@ def test_fast_and_plain_agree_to_rounding_in_bfloat16(base):
         error_plain = (b.float() - c).norm() / c.norm()
         assert error_fast < 0.015
         assert error_fast < 2 * error_plain + 0.002
+
+
+@pytest.mark.parametrize("m, n, tokens", [
+    (16, 32, 40),       # a wide result: one product
+    (16, 24, 40),       # a narrow one
+    (16, 32, 5),        # few tokens
+    (12, 32, 40),       # m + r is not a multiple of 8
+])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_low_rank_term_is_added_to_a_product_of_any_shape(m, n, tokens, bias):
+    X, W = torch.randn(tokens, m), torch.randn(n, m).t()
+    u, C = torch.randn(tokens, 8), torch.randn(8, n)
+    b = torch.randn(n) if bias else None
+    expected = X @ W + u @ C + (b if bias else 0)
+    torch.testing.assert_close(
+        with_low_rank_term(X, W, u, C, b), expected, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("n_in, n_out", [(16, 48), (48, 16)])
+def test_a_wide_layer_on_a_bfloat16_base_is_as_precise_as_its_definition(n_in, n_out):
+    linear = nn.Linear(n_in, n_out, dtype=torch.bfloat16)
+    layer = LoRALinear(linear.requires_grad_(False), r=8, alpha=16)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(64, n_in, dtype=torch.bfloat16, requires_grad=True)
+    exact_layer = copy.deepcopy(layer).float()
+    exact_x = x.detach().float().requires_grad_(True)
+    exact = gradients(exact_layer, exact_x, fast=False)
+    fast = gradients(layer, x, fast=True)
+    plain = gradients(layer, x, fast=False)
+    for a, b, c in zip(fast, plain, exact, strict=True):
+        error_fast = (a.float() - c).norm()
+        error_plain = (b.float() - c).norm()
+        assert error_fast < 1.5 * error_plain
 
 
 def test_an_input_that_needs_no_gradient_costs_none():
