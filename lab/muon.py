@@ -1,29 +1,30 @@
 """
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): an optimizer for the
-matrices of a model's blocks.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): an optimizer
+for the matrices of a model's blocks.
 
-SGD with momentum moves a weight matrix along M, a running mean of its gradients. A few
-directions dominate M: most of its singular values are small. Muon replaces M = U S Vᵀ by
-the orthogonal matrix U Vᵀ, which moves the weight equally far in all of these directions.
+SGD with momentum moves a weight matrix along M, a running mean of its gradients. A
+few directions dominate M: most of its singular values are small. Muon replaces M = U S
+Vᵀ by the orthogonal matrix U Vᵀ, which moves the weight equally far in all of these
+directions.
 
-It needs no singular value decomposition. For a polynomial p with odd powers only,
+It needs no singular value decomposition. A polynomial with odd powers only,
 
-    p(X) = a X + b (X Xᵀ) X + c (X Xᵀ)² X        has the singular vectors of X, and turns
-                                                 each singular value s into p(s)
+    p(X) = a X + b (X Xᵀ) X + c (X Xᵀ)² X
 
-so applying p a few times to M / |M|, whose singular values are at most 1, drives all of
-them towards 1 (a Newton-Schulz iteration). That is a handful of matrix products, which
-GPUs are best at. All matrices of one shape are computed together: with one batched
-product in the place of many small ones, the GPU is busy.
+has the singular vectors of X, and turns each singular value s into a s + b s³ + c s⁵.
+So applying p a few times to M / |M|, whose singular values are at most 1, drives all
+of them towards 1 (a Newton-Schulz iteration). That takes a handful of matrix products,
+which GPUs are best at. All matrices of one shape are computed together, in one batched
+product, because many small ones would not fill a GPU.
 """
 import math
 
 import torch
 
-# p(s) = a s + b s³ + c s⁵. Near 0 it multiplies by a: the larger a is, the fewer
-# iterations small singular values need. These coefficients have about the largest a for
-# which five iterations still bring them to between 0.7 and 1.2. They never converge to 1
-# exactly, which does not harm training.
+# a, b, c. A small singular value is multiplied by a: the larger a is, the fewer
+# iterations it needs. These have about the largest a for which five iterations still
+# end between 0.7 and 1.2. They never converge to 1 exactly, which does not harm
+# training.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
@@ -37,12 +38,12 @@ def orthogonalized(M):
     X = M.bfloat16()
     is_tall = X.size(1) > X.size(2)
     if is_tall:
-        X = X.mT                            # X Xᵀ is then the smaller of the two products
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)    # singular values are now <= 1
+        X = X.mT                # X Xᵀ now has the shorter side of M, not the longer
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)    # so S is at most 1
     for _ in range(ITERATIONS):
-        S = X @ X.mT
-        P = torch.baddbmm(S, S, S, beta=b, alpha=c)             # b S + c S²
-        X = torch.baddbmm(X, P, X, beta=a)                      # a X + (b S + c S²) X
+        XX = X @ X.mT
+        P = torch.baddbmm(XX, XX, XX, beta=b, alpha=c)      # b X Xᵀ + c (X Xᵀ)²
+        X = torch.baddbmm(X, P, X, beta=a)                  # a X + P X
     return X.mT if is_tall else X
 
 
@@ -74,16 +75,16 @@ class Muon(torch.optim.Optimizer):
         G = torch.stack([p.grad for p in matrices])             # (n, rows, columns)
         pace = 1 - momentum
         if unless is not None:
-            # Instead of an `if`, which would wait for the GPU: gradients that are not
-            # finite become 0, and all factors of the step too.
+            # An `if` would wait for the GPU. Instead, the gradients and the factors of
+            # the step become 0.
             G.masked_fill_(unless, 0.0)
             lr = lr * ~unless
             pace = pace * ~unless
         M = self.state[matrices[0]]["momenta"]
         M.lerp_(G, pace)                                        # the running mean
-        ahead = G.lerp(M, momentum)                             # Nesterov: look one step ahead
+        ahead = G.lerp(M, momentum)                             # Nesterov: a step ahead
         rows, columns = matrices[0].shape
-        size = math.sqrt(max(1, rows / columns))                # as much for each output of W
+        size = math.sqrt(max(1, rows / columns))                # larger for tall matrices
         change = orthogonalized(ahead).to(G.dtype) * (lr * size)
         keep = 1 - lr * group["weight_decay"]
         for p, change_of_p in zip(matrices, change):
