@@ -36,8 +36,8 @@ from torch.utils.checkpoint import checkpoint
 
 PRESET_FIELDS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 PRESETS = {
-    "tiny":        (2048,        128,       4,      4,    128),     # 1.1M parameters: a CPU
-    "small":       (2048,        256,       6,      6,    384),     # 11.5M: a GPU
+    "tiny":        (2048,        128,       4,      4,    128),     # 1.1M parameters, for a CPU
+    "small":       (2048,        256,       6,      6,    384),     # 11.5M, for a GPU
     "gpt2":        (50257,      1024,      12,     12,    768),     # 124M
     "gpt2-medium": (50257,      1024,      24,     16,   1024),     # 355M
     "gpt2-large":  (50257,      1024,      36,     20,   1280),     # 774M
@@ -105,7 +105,7 @@ class CausalSelfAttention(nn.Module):
 
         The KV cache holds the keys and values of all tokens so far. During generation
         it is passed as `past`, so that each step computes only those of the one new
-        token (T = 1). In training there is no cache.
+        token (T = 1). In training `past` is None, and the returned cache is ignored.
         """
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
@@ -162,8 +162,8 @@ class Block(nn.Module):
 def plain_loss(x, head, targets):
     """The logits, and their mean cross-entropy in nats.
 
-    x (B, T, C) are hidden states, head is the linear layer C -> V, targets are (B,
-    T); those of -100 do not count. Returns logits (B, T, V) and the loss ().
+    x (B, T, C) are hidden states, head is the linear layer C -> V, and targets is
+    (B, T) int64, where -100 is ignored. Returns logits (B, T, V) and the loss ().
     """
     logits = head(x)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -201,8 +201,8 @@ class GPT(nn.Module):
         """Weights from N(0, 0.02²), biases zero.
 
         Each block adds to the residual stream twice. The weights of these 2 n_layer
-        projections are divided by √(2 n_layer), so that the variance of the stream
-        does not grow with depth (§2.3).
+        projections are divided by √(2 n_layer), so that all of them together add the
+        same variance, however many there are (§2.3).
         """
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -226,8 +226,9 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """idx (B, T) -> the hidden states (B, T, C) that the head turns into logits.
 
-        `cache` is a list with a KV cache, or None, for each block. It is updated in
-        place. If it is filled, idx must be a single new token (B, 1).
+        `cache` has one entry for each block: its KV cache (k, v) or, at first, None.
+        The list is updated in place. If it is filled, idx must be a single new token
+        (B, 1).
         """
         T = idx.size(1)
         start = 0                                               # tokens in the cache
@@ -271,6 +272,7 @@ class GPT(nn.Module):
                 "one token a row"
             )
         check_sampling(max_new_tokens, temperature, top_k, top_p)
+        # Every module gets its own mode back: a user may have set some to eval.
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
@@ -296,7 +298,7 @@ class GPT(nn.Module):
                 cache = [None] * self.config.n_layer
             x = self.hidden(context, cache)                     # (B, 1 or more, C)
             logits = self.lm_head(x[:, -1])                     # (B, V)
-            if n == 0 or not idx.is_cuda:       # on a GPU the check would stall every step
+            if n == 0 or idx.device.type == "cpu":      # a GPU would wait for each check
                 check_finite(logits)
             token = sample(logits, temperature, top_k, top_p)   # (B, 1)
             if stop_token is not None:

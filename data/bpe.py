@@ -4,9 +4,9 @@ Radford et al. 2019, §2.2).
 
 Start with the 256 bytes as tokens. Count how often every pair of neighboring tokens
 occurs, merge the most frequent pair into a new token, and repeat. "the the then"
-first merges h + e, then t + he, and soon common words are single tokens. The text is
-split into words first, by GPT-2's pattern, so no token reaches from one word into the
-next.
+first merges h + e (t + h is as frequent, but its bytes are larger numbers), then t +
+he, and soon common words are single tokens. The text is split into words first, by
+GPT-2's pattern, so no token reaches from one word into the next.
 
     naive_bpe("the the then", n_merges=2)           -> [b"he", b"the"]      the idea
     encoding = train_bpe(text, vocab_size=2048)                             the same, but fast
@@ -90,15 +90,15 @@ def naive_encode(text, learned):
     return encoded
 
 
-# ---- the fast count ----------------------------------------------------------------
+# ---- the same, fast ------------------------------------------------------------------
 
 def train_bpe(text, vocab_size=2048):
     """Learn vocab_size entries: 256 bytes, the merges in order, and last <|endoftext|>.
 
     Returns a tiktoken.Encoding. Deterministic: of equally frequent pairs, the one
     with the smaller token numbers is merged. If no pair occurs twice any more,
-    training stops early with a smaller vocabulary. The text must not contain
-    <|endoftext|>. Shows progress. Raises ValueError for a vocab_size < 257.
+    training stops early with a smaller vocabulary. Shows progress. Raises ValueError
+    if vocab_size is below 257, or the text contains <|endoftext|>.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size is {vocab_size}; expected at least 257: bytes and {EOT}")
@@ -119,7 +119,7 @@ def train_bpe(text, vocab_size=2048):
 def count_words(text):
     """How often each word occurs: {word: times}.
 
-    Longer words than LONGEST_WORD, a million spaces for example, are cut, or they would
+    Words longer than LONGEST_WORD, a million spaces for example, are cut, or they would
     become tokens of a megabyte.
     """
     counts = Counter()
@@ -136,9 +136,16 @@ class PairCounts:
     """How often each pair occurs, kept up to date while pairs are merged.
 
     All words lie in one list of tokens, each token linked to the next one and the one
-    before. Merging a pair changes only the tokens beside its occurrences, so all
-    merges together take time in proportion to the occurrences: 1 s for 2.4 MB of
-    English, where counting everything after each of 1,791 merges takes minutes.
+    before. After the words "the" and "he", and the merge of h + e into token 256:
+
+        i         0    1    2    3    4    5    6    7
+        tokens  END    t  256  END  END  256  END  END
+        after              1 -> 2 -> 4         5 -> 7       the merged places 3 and 6
+        before             1 <- 2 <- 4         5 <- 7       are skipped
+
+    A merge affects only the pairs that overlap its occurrences, so all merges together
+    take time in proportion to the occurrences: 1 s for 2.4 MB of English, where
+    counting everything after each of 1,791 merges takes minutes.
     """
 
     def __init__(self, words):
@@ -167,9 +174,10 @@ class PairCounts:
         """The most frequent pair, to be merged now, or None if no pair occurs twice."""
         while self.heap:
             minus_count, pair = heapq.heappop(self.heap)
-            if self.counts[pair] != -minus_count:
-                continue
-            return pair if minus_count <= -2 else None
+            count = -minus_count
+            if count != self.counts[pair]:
+                continue                        # an outdated entry
+            return pair if count >= 2 else None
         return None
 
     def merge(self, pair, new_token):
@@ -201,6 +209,7 @@ class PairCounts:
                 places[new_token, tokens[right]].append(i)
                 changed |= {(b, tokens[right]), (new_token, tokens[right])}
         counts[pair] = 0
+        # Their entries in the heap are outdated now.
         for other in changed:
             if counts[other] > 0:
                 heapq.heappush(self.heap, (-counts[other], other))

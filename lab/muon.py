@@ -12,19 +12,21 @@ It needs no singular value decomposition. A polynomial with odd powers only,
     p(X) = a X + b (X Xᵀ) X + c (X Xᵀ)² X
 
 has the singular vectors of X, and turns each singular value s into a s + b s³ + c s⁵.
-So applying p a few times to M / |M|, whose singular values are at most 1, drives all
-of them towards 1 (a Newton-Schulz iteration). That takes a handful of matrix products,
-which GPUs are best at. All matrices of one shape are computed together, in one batched
-product, because many small ones would not fill a GPU.
+M divided by its Frobenius norm, the root of the sum of its squares, has singular values
+of at most 1, and applying p to it a few times drives them towards 1 (a Newton-Schulz
+iteration). That takes a handful of matrix products, which GPUs are best at. All
+matrices of one shape are computed together, in one batched product, because many small
+ones would not fill a GPU.
 """
 import math
 
 import torch
 
-# a, b, c. A small singular value is multiplied by a: the larger a is, the fewer
-# iterations it needs. These have about the largest a for which five iterations still
-# end between 0.7 and 1.2. They never converge to 1 exactly, which does not harm
-# training.
+# a, b, c. An iteration multiplies a small singular value by a: the larger a is, the
+# fewer iterations it takes. Jordan et al. chose about the largest a that still brings
+# values to a band around 1 instead of to 1 itself, which does not matter for training.
+# Five iterations take all values from about 0.0015 up to between 0.68 and 1.2. Smaller
+# ones stay smaller.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
@@ -32,7 +34,7 @@ ITERATIONS = 5
 def orthogonalized(M):
     """U Vᵀ, approximately, for each matrix M = U S Vᵀ of a stack (n, rows, columns).
 
-    Computed and returned in bfloat16, whose three digits are enough for it.
+    Computed and returned in bfloat16, whose 8 bits of precision are enough for it.
     """
     a, b, c = COEFFICIENTS
     X = M.bfloat16()
@@ -50,8 +52,10 @@ def orthogonalized(M):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized. The parameters must be matrices.
 
-    lr is a number, or a tensor () if the step is captured in a CUDA graph. Computes
-    what torch.optim.Muon computes, without waiting for the GPU.
+    lr is a number, or a tensor () if the step is captured in a CUDA graph. The update
+    is that of torch.optim.Muon. What differs: matrices of one shape are computed
+    together, and a step can be skipped without waiting for the GPU. q, k and v of
+    GPT-2 are one matrix, c_attn, and it is orthogonalized as one.
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
@@ -73,22 +77,24 @@ class Muon(torch.optim.Optimizer):
         """One step for n matrices (rows, columns) of one shape."""
         lr, momentum = group["lr"], group["momentum"]
         G = torch.stack([p.grad for p in matrices])             # (n, rows, columns)
-        pace = 1 - momentum
+        weight = 1 - momentum
         if unless is not None:
             # An `if` would wait for the GPU. Instead, the gradients and the factors of
             # the step become 0.
             G.masked_fill_(unless, 0.0)
             lr = lr * ~unless
-            pace = pace * ~unless
+            weight = weight * ~unless
         M = self.state[matrices[0]]["momenta"]
-        M.lerp_(G, pace)                                        # the running mean
-        ahead = G.lerp(M, momentum)                             # Nesterov: a step ahead
+        M.lerp_(G, weight)                                      # the running mean
+        lookahead = G.lerp(M, momentum)                         # Nesterov
+        change = orthogonalized(lookahead).to(G.dtype)
+        # The entries of U Vᵀ are smaller if it is tall. With this factor their root
+        # mean square is 1 / √columns for every shape.
         rows, columns = matrices[0].shape
-        size = math.sqrt(max(1, rows / columns))                # larger for tall matrices
-        change = orthogonalized(ahead).to(G.dtype) * (lr * size)
-        keep = 1 - lr * group["weight_decay"]
+        change *= lr * math.sqrt(max(1, rows / columns))
+        decay = 1 - lr * group["weight_decay"]
         for p, change_of_p in zip(matrices, change):
-            p.mul_(keep)
+            p.mul_(decay)
             p.sub_(change_of_p)
 
 

@@ -1,5 +1,5 @@
 """
-AdamW and Muon for a model, in eager steps and in captured ones.
+Which optimizer trains which parameter, and how a step is skipped.
 """
 import torch
 
@@ -7,12 +7,12 @@ from lab.muon import Muon
 
 
 def make_optimizers(trained, settings, capturable):
-    """AdamW for `trained` {name: parameter}, or Muon and AdamW if muon_lr is not 0.
+    """The optimizers for `trained` {name: parameter}: [AdamW], or [AdamW, Muon].
 
-    Muon trains the matrices of the blocks. Biases and layer norms, which have one
-    dimension, do not decay. AdamW's betas are those of GPT-3 (Brown et al. 2020,
-    appendix B). `capturable` keeps the learning rates in tensors, which a captured
-    step reads.
+    With muon_lr, Muon trains the matrices of the blocks. AdamW trains the rest: the
+    embeddings, with weight decay, and biases and layer norms, which have one
+    dimension, without. Its betas are those of GPT-3 (Brown et al. 2020, appendix B).
+    `capturable` keeps the learning rates in tensors, which a captured step reads.
     """
     by_muon, decaying, others = [], [], []
     for name, p in trained.items():
@@ -58,8 +58,8 @@ def step_unless(bad, optimizer):
     """Take the optimizer's step unless the tensor `bad` () is true.
 
     Muon and a fused AdamW can skip the update by themselves, so that the CPU does not
-    wait for a GPU to read `bad`. AdamW does so if found_inf is 1 (GradScaler uses
-    this); on MPS it ignores found_inf.
+    wait for a GPU to read `bad`. AdamW does so if its attribute found_inf, which is
+    meant for torch's GradScaler, is 1. MPS ignores it, so there the CPU has to look.
     """
     if isinstance(optimizer, Muon):
         optimizer.step(unless=bad)

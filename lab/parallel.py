@@ -57,7 +57,7 @@ def own_device():
 
 
 def name_of_process():
-    """"[process 1] " for all but the first process, to begin its error messages."""
+    """What error messages begin with: "[process 1] ", or "" in the first process."""
     number = os.environ.get("RANK", "0")
     if os.environ.get("WORLD_SIZE", "1") == "1" or number == "0":
         return ""
@@ -75,7 +75,7 @@ def processes(device):
     if on_gpu:
         torch.cuda.set_device(device)
     use_nccl = on_gpu and distributed.is_nccl_available()       # Windows has no NCCL
-    # A process that never comes must not be waited for long; a slow first process must.
+    # Wait only a minute for all processes to appear, but half an hour for a slow one.
     store, own_rank, size = next(rendezvous("env://", timeout=timedelta(seconds=60)))
     store.set_timeout(timedelta(minutes=30))
     backend = "nccl" if use_nccl else "gloo"
@@ -101,7 +101,7 @@ def leave(code):
 
 
 class FirstFailed(Exception):
-    """Raised in the other processes when one fails, which reports the error itself."""
+    """Raised in all processes but the one that failed: that one reports the error."""
 
 
 def from_first(function, *args, **options):
@@ -145,7 +145,7 @@ def together(function, *args, **options):
 
 
 def check_equal(value, what):
-    """Raises ValueError if `value` is not the same in all processes."""
+    """Raises ValueError if `value` is not the same in all processes; in others FirstFailed."""
     values = gathered(value)
     if len(set(values)) > 1:
         if not is_first():
@@ -222,7 +222,7 @@ class Averaging:
         return contextlib.nullcontext()
 
     def finish(self):
-        """Average what DDP does not: FSDP is told to leave the trained tensors alone."""
+        """Average the gradients under FSDP, which ignores the trained tensors."""
         if not self.uses_fsdp:
             return
         flat = torch.cat([p.grad.flatten() for p in self.trained])
@@ -234,7 +234,8 @@ class Averaging:
 
 
 def shard(model, trained, device):
-    """Divide the frozen parameters of a GPT among the processes (FSDP; Zhao et al. 2023).
+    """Divide the frozen parameters of a GPT among the processes (FSDP; Zhao et al. 2023,
+    here as torch's fully_shard).
 
     Each process keeps its share of every block, and gathers the rest while it
     computes with the block. What trains, A and B, is small: every process has all of
