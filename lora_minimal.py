@@ -17,10 +17,10 @@ as fast as the base.
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=3e-3)    # then train
     merge_lora(model)                                     # W becomes W + scaling B A
 
-Read it from the top. The layer, LoRA on a model, and merging are the method. What
-follows makes it safe and fast: what can be adapted; other kinds of layers; and the
-same product with a backward pass written by hand, without which LoRA on all layers is
-often no faster than full fine-tuning.
+Read it from the top. The layer, LoRA on a model, and merging are the method. Then
+comes the same product with a backward pass written by hand, without which LoRA on all
+layers is often no faster than full fine-tuning. The last parts are for reference:
+other kinds of layers, what can be adapted, and how a layer is exchanged.
 """
 import math
 import sys
@@ -46,7 +46,8 @@ class LoRALinear(nn.Linear):
         new = dict(dtype=torch.float32, device=base.weight.device)
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **new))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **new))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))       # U(±1/√in), as in PEFT
+        # U(-1/√in, 1/√in), as in PEFT. The paper draws A from a Gaussian (§4.1).
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scaling = scaling_of(r, alpha, use_rslora)             # alpha / r
         init_state(self, r, alpha, dropout, use_rslora)
 
@@ -60,8 +61,8 @@ class LoRALinear(nn.Linear):
         update = self.scaling * F.linear(h, self.lora_B)        # (..., out)
         return y + update.to(y.dtype)
 
-    # That is LoRA. The rest of the class lets it be switched off, merged, saved and
-    # faster.
+    # That is LoRA. The rest of the class switches it off, merges it, saves it and
+    # makes it faster.
 
     def forward(self, x):
         """x (..., in_features) -> (..., out_features)."""
@@ -97,8 +98,8 @@ class LoRALinear(nn.Linear):
     def extra_repr(self):
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}"
 
-    # state_dict() always holds W, also if the layer is merged. If it held W + scaling
-    # * B A, loading it would add B A a second time.
+    # state_dict() always holds W, even when the layer is merged. If it held W + scaling
+    # * B A, merging after loading it would add B A a second time.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
@@ -233,7 +234,7 @@ def lora_parameters(model):
 
 
 def lora_state_dict(model):
-    """{"<path>.lora_A": (r, in), "<path>.lora_B": (out, r)}: share memory with the model."""
+    """{"<path>.lora_A": (r, in), "<path>.lora_B": (out, r)}; they share the model's memory."""
     state = {}
     for path, layer in active_layers(model).items():
         state[f"{path}.lora_A"] = layer.lora_A.detach()
@@ -306,11 +307,11 @@ def load_lora(model, dir):
 def disable_lora(model):
     """Inside the block the model is the base model, bit for bit, even if it is merged."""
     before = []
-    for layer in lora_layers(model).values():
-        before.append((layer, layer.lora_A, layer.lora_B, is_merged(layer)))
-        unmerge(layer)
-        layer.lora_A = layer.lora_B = None
     try:
+        for layer in lora_layers(model).values():
+            before.append((layer, layer.lora_A, layer.lora_B, is_merged(layer)))
+            unmerge(layer)
+            layer.lora_A = layer.lora_B = None
         yield model
     finally:
         for layer, A, B, was_merged in before:
@@ -326,7 +327,8 @@ def merge_lora(model):
 
     The original weights are kept until unmerge_lora or remove_lora. The sum is
     rounded to the dtype of the weight: a bfloat16 weight loses updates smaller than
-    half the distance between two of its numbers. A second call changes nothing.
+    half the distance between adjacent bfloat16 numbers. Layers that are merged already
+    are skipped.
     Raises ValueError if the model has no LoRA, or it is switched off.
     """
     for layer in active_layers(model).values():
@@ -415,6 +417,270 @@ class RefuseBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         raise RuntimeError("A and B are merged and get no gradient; call unmerge_lora(model)")
+
+
+# ---- the same product with a backward pass by hand ---------------------------------
+
+class LoRAProduct(torch.autograd.Function):
+    """y = W x + b + s B A x, with a backward pass that is faster than autograd's.
+
+    s is the scaling. For N tokens, x is (N, in), y and g = ∂loss/∂y are (N, out):
+
+        u = x Aᵀ (N, r)            y = x Wᵀ + b + s u Bᵀ
+        v = s g B (N, r)           ∂x = g W + v A      ∂A = vᵀ x      ∂B = s gᵀ u
+
+    W is frozen, so ∂W = gᵀ x, a third of the products of full fine-tuning, is not
+    computed. Autograd finds the same gradients from definition(), but more slowly,
+    because it takes the products in the order in which the forward pass is written:
+
+        as autograd does it     µs       as it is done here                          µs
+        gᵀ u                   974       (uᵀ g)ᵀ: reads g row by row, as stored     201
+        g B                    407       g B, with Bᵀ stored contiguously           179
+        y += s u Bᵀ            177       x (W + s B A)ᵀ: add s B A to W before       19
+        ∂x += v A              177       g (W + s B A)                               19
+
+    These are the times for 128 -> 512, N = 2048 and r = 8 on two CPU cores, where x
+    Wᵀ, g W and gᵀ x take 1465, 1191 and 1421 µs; bench/products.py measures them.
+
+    Adding s B A to W first ("folding") pays if there are more tokens than inputs. It
+    rounds the sum to the dtype of the products. For a W in float32 autocast would have
+    rounded W by as much. But a W that is stored in bfloat16 lies exactly on the grid of
+    bfloat16's numbers, and an update of less than half a step between them would
+    vanish. So there the two terms stay separate: see with_low_rank_term.
+
+    Saved for backward: x, W, and tensors with a side of length r.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, A, B, s):
+        device = x.device.type
+        dtype = W.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            rows = x.reshape(-1, x.size(-1)).to(dtype)              # (N, in)
+            A_low = A.to(dtype)                                     # (r, in)
+            b_low = None if b is None else b.to(dtype)              # (out,)
+            sBt = scaled_transpose(B, s, dtype)                     # (r, out)
+            u = rows @ A_low.t()                                    # (N, r)
+            is_precise = W.element_size() >= 4
+            has_many_tokens = len(rows) > W.size(1)                 # N > in
+            ctx.fold = is_precise and has_many_tokens
+            if ctx.fold:
+                y = F.linear(rows, folded(W, A_low, sBt), b_low)    # (N, out)
+            else:
+                y = with_low_rank_term(rows, W.to(dtype).t(), u, sBt, b_low)
+        ctx.save_for_backward(rows, u, W, A_low, sBt)
+        ctx.s = s
+        ctx.x_shape = x.shape
+        ctx.x_dtype, ctx.A_dtype, ctx.B_dtype = x.dtype, A.dtype, B.dtype
+        return y.view(*x.shape[:-1], W.size(0))
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "LoRAProduct has no second derivative; LoRALinear with layer.fast = "
+                "False has"
+            )
+        rows, u, W, A_low, sBt = ctx.saved_tensors
+        g = g.reshape(len(rows), W.size(0))                         # (N, out)
+        v = g @ sBt.t()                                             # (N, r)
+        dA = v.t() @ rows                                           # (r, in)
+        dB = scaled_product(u.t(), g, ctx.s).t()                    # (out, r)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if ctx.fold:
+                dx = g @ folded(W, A_low, sBt)                      # (N, in)
+            else:
+                dx = with_low_rank_term(g, W.to(rows.dtype), v, A_low)
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        return dx, None, None, dA.to(ctx.A_dtype), dB.to(ctx.B_dtype), None
+
+
+def with_low_rank_term(X, M, u, C, b=None):
+    """X M + u C + b (N, n), for X (N, m), M (m, n), u (N, r), C (r, n) and b (n,) or None.
+
+    Adding u C to the finished X M reads and writes all of it. On an H100 that takes 49
+    µs for 8,192 tokens and 768 -> 3072, while X M itself takes 61. If the result is
+    much wider than X, it takes less time to copy X and M, and compute one product:
+
+        X M + u C = [X u] [M]
+                          [C]
+    """
+    N, m = X.shape
+    is_wide = M.size(1) >= 2 * m
+    aligned = (m + u.size(1)) % 8 == 0              # else the product is slow on a GPU
+    if is_wide and aligned and m < N:
+        MC = torch.cat((M.t(), C.t()), dim=1)       # (n, m + r)
+        return F.linear(torch.cat((X, u), dim=1), MC, b)
+    y = F.linear(X, M.t(), b)
+    return y.addmm_(u, C)
+
+
+def scaled_transpose(B, s, dtype):
+    """(s * B.t()).to(dtype).contiguous(), (r, out), in one kernel."""
+    return torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))
+
+
+def scaled_product(P, Q, s):
+    """s * (P @ Q) in one kernel: with beta=0, addmm ignores its first argument."""
+    return torch.addmm(P.new_empty(1), P, Q, beta=0, alpha=s)
+
+
+def folded(W, A, sBt):
+    """W + s B A (out, in) in the dtype of A.
+
+    B A is computed in the dtype of A, the sum in that of W.
+    """
+    if W.dtype == A.dtype:
+        return torch.addmm(W, sBt.t(), A)
+    BA = sBt.t() @ A
+    return torch.add(W, BA, out=torch.empty_like(W, dtype=A.dtype))
+
+
+def product_applies(layer, x):
+    """Whether product() can be used for x.
+
+    It cannot for dropout, a trainable W or b, rows with different adapters, dtypes
+    that differ without autocast, empty, meta, sparse or nested tensors, transforms of
+    torch.func, and export. definition() can be used for all of them.
+    """
+    if not layer.fast or layer.rank_mask is not None:
+        return False
+    if x.is_nested or x.layout != torch.strided or x.numel() == 0 or x.is_meta:
+        return False
+    if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+        return False
+    if layer.training and layer.dropout > 0:
+        return False
+    return dtypes_fit(layer, x) and not is_transformed()
+
+
+def dtypes_fit(layer, x):
+    """Whether the product's dtype is that of nn.Linear."""
+    if torch.is_autocast_enabled(x.device.type):
+        return layer.weight.dtype != torch.float64      # autocast leaves float64 alone
+    return x.dtype == layer.weight.dtype
+
+
+def is_transformed():
+    """Whether torch.func, forward-mode derivatives or torch.export look into a Function."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    # torch.compile takes LoRAProduct as it is; torch.export, without it, looks inside.
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+# ---- other kinds of layers ---------------------------------------------------------
+
+class LoRAEmbedding(nn.Embedding):
+    """nn.Embedding with a low-rank update. Here "in" is the vocabulary.
+
+    idx (...) int64 -> W[idx] + scaling * (B A).T[idx], (..., embedding_dim)
+
+    As in PEFT, dropout is stored but has no effect, and A, not B, starts at zero: the
+    first step then changes only the tokens that occurred.
+    """
+
+    def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
+        super().__init__(**embedding_options(base), device="meta")
+        self.weight = base.weight
+        new = dict(dtype=torch.float32, device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.zeros(r, self.num_embeddings, **new))
+        self.lora_B = nn.Parameter(torch.empty(self.embedding_dim, r, **new))
+        nn.init.normal_(self.lora_B)
+        self.scaling = scaling_of(r, alpha, use_rslora)
+        init_state(self, r, alpha, dropout, use_rslora)
+
+    def forward(self, idx):
+        """idx (...) int64 -> (..., embedding_dim)."""
+        y = super().forward(idx)                                # (..., out)
+        if self.lora_A is None:
+            return y
+        if is_merged(self):
+            return guard_backward(y, self)
+        h = F.embedding(
+            idx, self.lora_A.t(), self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+        )                                                       # (..., r)
+        if self.rank_mask is not None:
+            h = mask_ranks(h, self.rank_mask)
+        update = self.scaling * F.linear(h, self.lora_B)        # (..., out)
+        return y + update.to(y.dtype)
+
+    def delta_weight(self):
+        """scaling * B A in the shape of the weight (vocabulary, embedding_dim)."""
+        return scaled_BA(self).t()
+
+    def without_lora(self):
+        """A plain nn.Embedding that shares the weight."""
+        layer = nn.Embedding(**embedding_options(self), device="meta")
+        layer.weight = self.weight
+        return layer
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}"
+
+    _save_to_state_dict = LoRALinear._save_to_state_dict
+    _load_from_state_dict = LoRALinear._load_from_state_dict
+
+
+def embedding_options(layer):
+    """The arguments that make an embedding like this one."""
+    names = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "sparse")
+    return {name: getattr(layer, name) for name in names}
+
+
+class LoRAConv1D(LoRALinear):
+    """LoRALinear for the Conv1D of transformers' GPT-2, whose weight is (in, out)."""
+
+    def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
+        in_features, out_features = base.weight.shape
+        linear = nn.Linear(in_features, out_features, device="meta")
+        linear.weight, linear.bias = base.weight, base.bias
+        super().__init__(linear, r, alpha, dropout, use_rslora)
+
+    @property
+    def W(self):
+        """The weight as (out, in)."""
+        return self.weight.t()
+
+    def delta_weight(self):
+        """scaling * B A in the shape of the weight (in, out)."""
+        return scaled_BA(self).t()
+
+    def without_lora(self):
+        """A plain Conv1D that shares the weight and the bias."""
+        with torch.device("meta"):
+            layer = conv1d_class()(self.out_features, self.in_features)
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
+
+def conv1d_class():
+    """transformers' Conv1D, or None if nobody has imported transformers."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return None if module is None else module.Conv1D
+
+
+def mask_ranks(h, rank_mask):
+    """Zero, in each row of h (B, ..., r), the ranks of adapters that the row does not use.
+
+    The rows of a batch may use different adapters, whose A and B are stacked
+    (lab/adapters.py). rank_mask (B, r) is 1 for the ranks of the row's own adapter,
+    else 0. Returns h's shape; a batch of one row is repeated for every row of the mask.
+    Raises ValueError if the batch has another number of rows.
+    """
+    rows = len(rank_mask)
+    if h.dim() < 2 or len(h) not in (1, rows):
+        raise ValueError(
+            f"the batch has shape {tuple(h.shape[:-1])}, but adapters were chosen "
+            f"for {rows} rows; pass that many, or call adapters.use(...) again"
+        )
+    while rank_mask.dim() < h.dim():
+        rank_mask = rank_mask.unsqueeze(1)              # (B, 1, r)
+    return h * rank_mask
 
 
 # ---- what can be adapted -----------------------------------------------------------
@@ -576,6 +842,9 @@ def weight_uses(model):
     return uses
 
 
+# ---- exchanging a layer ------------------------------------------------------------
+
+# What a LoRA layer sets itself. An attribute of the old layer with such a name is not kept.
 LORA_ATTRIBUTES = ("scaling", "r", "alpha", "dropout", "use_rslora", "fast")
 
 
@@ -601,264 +870,3 @@ def replace_layer(model, path, new_layer):
         if hook.with_module:
             hook.module = weakref.ref(new_layer)
     model.set_submodule(path, new_layer)
-
-
-# ---- other kinds of layers ---------------------------------------------------------
-
-class LoRAEmbedding(nn.Embedding):
-    """nn.Embedding with a low-rank update. Here "in" is the vocabulary.
-
-    idx (...) int64 -> W[idx] + scaling * (B A).T[idx], (..., embedding_dim)
-
-    As in PEFT, dropout is stored but has no effect, and A, not B, starts at zero: the
-    first step then changes only the tokens that occurred.
-    """
-
-    def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
-        super().__init__(**embedding_options(base), device="meta")
-        self.weight = base.weight
-        new = dict(dtype=torch.float32, device=base.weight.device)
-        self.lora_A = nn.Parameter(torch.zeros(r, self.num_embeddings, **new))
-        self.lora_B = nn.Parameter(torch.empty(self.embedding_dim, r, **new))
-        nn.init.normal_(self.lora_B)
-        self.scaling = scaling_of(r, alpha, use_rslora)
-        init_state(self, r, alpha, dropout, use_rslora)
-
-    def forward(self, idx):
-        """idx (...) int64 -> (..., embedding_dim)."""
-        y = super().forward(idx)                                # (..., out)
-        if self.lora_A is None:
-            return y
-        if is_merged(self):
-            return guard_backward(y, self)
-        h = F.embedding(
-            idx, self.lora_A.t(), self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-        )                                                       # (..., r)
-        if self.rank_mask is not None:
-            h = mask_ranks(h, self.rank_mask)
-        update = self.scaling * F.linear(h, self.lora_B)        # (..., out)
-        return y + update.to(y.dtype)
-
-    def delta_weight(self):
-        """scaling * B A in the shape of the weight (vocabulary, embedding_dim)."""
-        return scaled_BA(self).t()
-
-    def without_lora(self):
-        """A plain nn.Embedding that shares the weight."""
-        layer = nn.Embedding(**embedding_options(self), device="meta")
-        layer.weight = self.weight
-        return layer
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}"
-
-    _save_to_state_dict = LoRALinear._save_to_state_dict
-    _load_from_state_dict = LoRALinear._load_from_state_dict
-
-
-def embedding_options(layer):
-    """The arguments that make an embedding like this one."""
-    names = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "sparse")
-    return {name: getattr(layer, name) for name in names}
-
-
-class LoRAConv1D(LoRALinear):
-    """LoRALinear for the Conv1D of transformers' GPT-2, whose weight is (in, out)."""
-
-    def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
-        in_features, out_features = base.weight.shape
-        linear = nn.Linear(in_features, out_features, device="meta")
-        linear.weight, linear.bias = base.weight, base.bias
-        super().__init__(linear, r, alpha, dropout, use_rslora)
-
-    @property
-    def W(self):
-        """The weight as (out, in)."""
-        return self.weight.t()
-
-    def delta_weight(self):
-        """scaling * B A in the shape of the weight (in, out)."""
-        return scaled_BA(self).t()
-
-    def without_lora(self):
-        """A plain Conv1D that shares the weight and the bias."""
-        with torch.device("meta"):
-            layer = conv1d_class()(self.out_features, self.in_features)
-        layer.weight, layer.bias = self.weight, self.bias
-        return layer
-
-
-def conv1d_class():
-    """transformers' Conv1D, or None if nobody has imported transformers."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return None if module is None else module.Conv1D
-
-
-def mask_ranks(h, rank_mask):
-    """Zero, in each row of h (B, ..., r), the ranks of adapters that the row does not use.
-
-    The rows of a batch may use different adapters, whose A and B are stacked
-    (lab/adapters.py). rank_mask (B, r) is 1 for the ranks of the row's own adapter,
-    else 0.
-    """
-    rows = len(rank_mask)
-    if h.dim() < 2 or len(h) not in (1, rows):
-        raise ValueError(
-            f"the batch has shape {tuple(h.shape[:-1])}, but adapters were chosen "
-            f"for {rows} rows; pass that many, or call adapters.use(...) again"
-        )
-    while rank_mask.dim() < h.dim():
-        rank_mask = rank_mask.unsqueeze(1)              # (B, 1, r)
-    return h * rank_mask
-
-
-# ---- the same product with a backward pass by hand ---------------------------------
-
-def product_applies(layer, x):
-    """Whether product() can be used for x.
-
-    It cannot for dropout, a trainable W or b, rows with different adapters, dtypes
-    that differ without autocast, empty, meta, sparse or nested tensors, transforms of
-    torch.func, and export. definition() can be used for all of them.
-    """
-    if not layer.fast or layer.rank_mask is not None:
-        return False
-    if x.is_nested or x.layout != torch.strided or x.numel() == 0 or x.is_meta:
-        return False
-    if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
-        return False
-    if layer.training and layer.dropout > 0:
-        return False
-    return dtypes_fit(layer, x) and not looks_inside()
-
-
-def dtypes_fit(layer, x):
-    """Whether the product's dtype is that of nn.Linear."""
-    if torch.is_autocast_enabled(x.device.type):
-        return layer.weight.dtype != torch.float64      # autocast leaves float64 alone
-    return x.dtype == layer.weight.dtype
-
-
-def looks_inside():
-    """Whether torch.func, forward-mode derivatives or torch.export look into a Function."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    # torch.compile takes LoRAProduct as it is; torch.export, without it, looks inside.
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-
-
-class LoRAProduct(torch.autograd.Function):
-    """y = W x + b + s B A x, with a backward pass that is faster than autograd's.
-
-    s is the scaling. For N tokens, x is (N, in), y and g = ∂loss/∂y are (N, out):
-
-        u = x Aᵀ (N, r)            y = x Wᵀ + b + s u Bᵀ
-        v = s g B (N, r)           ∂x = g W + v A      ∂A = vᵀ x      ∂B = s gᵀ u
-
-    W is frozen, so ∂W = gᵀ x, a third of the products of full fine-tuning, is not
-    computed. Autograd finds the same gradients from definition(), but more slowly,
-    because it takes the products in the order in which the forward pass is written:
-
-        as autograd does it     µs       as it is done here                          µs
-        gᵀ u                   974       (uᵀ g)ᵀ: reads g row by row, as stored     201
-        g B                    407       g B, with Bᵀ stored contiguously           179
-        y += s u Bᵀ            177       x (W + s B A)ᵀ: add s B A to W before       19
-        ∂x += v A              177       g (W + s B A)                               19
-
-    These are the times for 128 -> 512, N = 2048 and r = 8 on two CPU cores, where x
-    Wᵀ, g W and gᵀ x take 1465, 1191 and 1421 µs; bench/products.py measures them.
-
-    Adding s B A to W first ("folding") pays if there are more tokens than inputs. It
-    rounds the sum to the dtype of the products. If W is float32, that costs no more
-    precision than rounding W, which autocast does anyway. A W of 16 bits would
-    swallow small updates, so there s B A stays apart: see with_low_rank_term.
-
-    Saved for backward: x, W, and tensors with a side of length r.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W, b, A, B, s):
-        device = x.device.type
-        dtype = W.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            rows = x.reshape(-1, x.size(-1)).to(dtype)              # (N, in)
-            A_low = A.to(dtype)                                     # (r, in)
-            b_low = None if b is None else b.to(dtype)              # (out,)
-            sBt = scaled_transpose(B, s, dtype)                     # (r, out)
-            u = rows @ A_low.t()                                    # (N, r)
-            is_precise = W.element_size() >= 4
-            has_many_tokens = len(rows) > W.size(1)                 # N > in
-            ctx.fold = is_precise and has_many_tokens
-            if ctx.fold:
-                y = F.linear(rows, folded(W, A_low, sBt), b_low)    # (N, out)
-            else:
-                y = with_low_rank_term(rows, W.to(dtype).t(), u, sBt, b_low)
-        ctx.save_for_backward(rows, u, W, A_low, sBt)
-        ctx.s = s
-        ctx.x_shape = x.shape
-        ctx.x_dtype, ctx.A_dtype, ctx.B_dtype = x.dtype, A.dtype, B.dtype
-        return y.view(*x.shape[:-1], W.size(0))
-
-    @staticmethod
-    def backward(ctx, g):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "LoRAProduct has no second derivative; LoRALinear with layer.fast = "
-                "False has"
-            )
-        rows, u, W, A_low, sBt = ctx.saved_tensors
-        g = g.reshape(len(rows), W.size(0))                         # (N, out)
-        v = g @ sBt.t()                                             # (N, r)
-        dA = v.t() @ rows                                           # (r, in)
-        dB = scaled_product(u.t(), g, ctx.s).t()                    # (out, r)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            if ctx.fold:
-                dx = g @ folded(W, A_low, sBt)                      # (N, in)
-            else:
-                dx = with_low_rank_term(g, W.to(rows.dtype), v, A_low)
-            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, None, None, dA.to(ctx.A_dtype), dB.to(ctx.B_dtype), None
-
-
-def with_low_rank_term(X, W, u, C, b=None):
-    """X W + u C + b (N, n), for X (N, m), W (m, n), u (N, r), C (r, n) and b (n,) or None.
-
-    Adding u C to the result X W reads and writes all of it: 49 µs beside the 61 of X W
-    for 8,192 tokens, 768 -> 3072, on an H100. If the result is much wider than X, it
-    takes less time to copy X and W, and compute the sum as one product:
-
-        X W + u C = [X u] [W]
-                          [C]
-    """
-    N, m = X.shape
-    aligned = (m + u.size(1)) % 8 == 0              # else the product is slow on a GPU
-    if W.size(1) >= 2 * m and m < N and aligned:
-        WC = torch.cat((W.t(), C.t()), dim=1)       # (n, m + r)
-        return F.linear(torch.cat((X, u), dim=1), WC, b)
-    y = F.linear(X, W.t(), b)
-    return y.addmm_(u, C)
-
-
-def scaled_transpose(B, s, dtype):
-    """(s * B.t()).to(dtype).contiguous(), (r, out), in one kernel."""
-    return torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))
-
-
-def scaled_product(P, Q, s):
-    """s * (P @ Q) in one kernel: with beta=0, addmm ignores its first argument."""
-    return torch.addmm(P.new_empty(1), P, Q, beta=0, alpha=s)
-
-
-def folded(W, A, sBt):
-    """W + s B A (out, in) in the dtype of A.
-
-    B A is computed in the dtype of A, the sum in that of W.
-    """
-    if W.dtype == A.dtype:
-        return torch.addmm(W, sBt.t(), A)
-    BA = sBt.t() @ A
-    return torch.add(W, BA, out=torch.empty_like(W, dtype=A.dtype))
