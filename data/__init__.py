@@ -15,16 +15,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data.bpe import EOT
-from lab.files import download, replacing, sha256_of, without_password
+from data.sources import BUILT_IN, decode, find_text, is_url
+from lab.files import replacing, sha256_of, without_password
 
-BUILT_IN = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.txt"))}
+__all__ = [
+    "BUILT_IN", "HELDOUT", "Batches", "Corpus", "Text", "is_url", "read_text", "tokenize"
+]
+
 SPLIT_SEED = 1337           # of the held-out stories: the same whatever the --seed
 LARGEST_HELDOUT = 2**17     # bytes: cap the held-out text so that evaluation stays fast
 LONGEST_STORY = 2**14       # characters: a longer one is cut into passages
@@ -102,45 +105,6 @@ def read_text(source, heldout, download_dir, refresh=False):
     )
 
 
-def is_url(source):
-    return urlsplit(str(source)).scheme in ("http", "https")
-
-
-def find_text(source, download_dir, refresh=False):
-    """The file of a built-in name, a path or a URL. Raises FileNotFoundError."""
-    if source in BUILT_IN:
-        return BUILT_IN[source]
-    path = Path(source)
-    if is_url(source):
-        name = hashlib.sha256(source.encode()).hexdigest()[:16] + ".txt"
-        path = Path(download_dir, name)
-        if refresh or not path.exists():
-            download(source, path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no text {source!r}: give a file, a URL, or one of "
-            f"{', '.join(BUILT_IN)}"
-        )
-    return path
-
-
-def decode(path):
-    """The content of a UTF-8 file, without a byte order mark, with "\\n" for "\\r\\n".
-
-    Raises ValueError if it is binary or not UTF-8.
-    """
-    raw = path.read_bytes()
-    if b"\0" in raw:
-        raise ValueError(f"{path} is a binary file (it has zero bytes); expected UTF-8 text")
-    try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (byte {error.start} is {raw[error.start]:#04x}); "
-            "save it as UTF-8"
-        ) from error
-
-
 def cut_into_pieces(content, path):
     """The stories of a text, or the passages of a text with few stories, as Pieces."""
     stories = [story.strip("\n") for story in content.split(EOT) if story.strip()]
@@ -180,8 +144,8 @@ def choose_heldout(pieces, share):
     """The indices (a set) of the pieces to hold out, at most LARGEST_HELDOUT bytes.
 
     The pieces are drawn in a fixed random order, so a larger share holds out the same
-    pieces as a smaller one, and more: what one command holds out, no other command
-    trains on.
+    pieces as a smaller one, and more. All commands hold out the same share, so what one
+    of them holds out, no other trains on.
     """
     indices = range(len(pieces))
     rng = random.Random(SPLIT_SEED)
@@ -204,8 +168,9 @@ def choose_heldout(pieces, share):
 class Corpus:
     """A text as token numbers.
 
-    train and heldout are (N,): <|endoftext|>, then each story followed by another
-    <|endoftext|>. heldout_bytes counts the held-out text only.
+    train and heldout are (N,), uint16 or, for more than 65,536 tokens, uint32:
+    <|endoftext|>, then each story followed by another <|endoftext|>. heldout_bytes
+    counts the held-out text only.
     """
 
     name: str
@@ -218,7 +183,8 @@ class Corpus:
         """Yields the held-out text in batches x, y (B, T) int64; y is x shifted by one.
 
         T = block_size and B <= at_once. If tokens remain, the last batch is one
-        shorter row. No window sees the text before it.
+        shorter row. No window sees the text before it: its first tokens have little
+        context, so what is measured is a little worse than what the model can do.
         """
         tokens = torch.from_numpy(self.heldout.astype(np.int64))
         whole = (len(tokens) - 1) // block_size * block_size    # tokens in whole windows
@@ -231,7 +197,7 @@ class Corpus:
 
 
 def tokenize(text, encoding, cache_dir, block_size):
-    """Encode a Text. Returns a Corpus of memory-mapped arrays, in files that are made once.
+    """Encode a Text. Returns a Corpus of memory-mapped arrays, cached in files.
 
     The names of the files contain a hash of the text, the split and the tokenizer, so
     a changed text is never read from an old file; a damaged file is made again.
