@@ -77,6 +77,11 @@ def bullet(text):
     say(textwrap.fill(text, WIDTH, initial_indent="  · ", subsequent_indent="    "))
 
 
+def wrapped(text):
+    """A paragraph in lines of the console's width."""
+    return textwrap.fill(text, WIDTH)
+
+
 def size(n):
     """Bytes in readable units: size(4_353_024) -> '4.35 MB'."""
     unit = "B"
