@@ -300,7 +300,10 @@ def typical(samples):
     ordered = sorted(samples, key=lambda sample: sum(sample.values()))
     quarter = len(ordered) // 4
     middle = ordered[quarter:len(ordered) - quarter]
-    return {key: statistics.fmean(sample[key] for sample in middle) for key in middle[0]}
+    means = {}
+    for key in middle[0]:
+        means[key] = statistics.fmean(sample[key] for sample in middle)
+    return means
 
 
 # Each of these makes a sampler for round_robin, which returns seconds.

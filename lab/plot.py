@@ -1,6 +1,7 @@
 """
-The picture of a comparison: memory by kind, what of it training adds to the weights,
-time by phase, and the held-out loss while training.
+The picture of a comparison: memory by kind, the gradients and optimizer state alone
+(beside the activations they can be too small to see), time by phase, and the held-out
+loss while training.
 """
 import warnings
 
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lab.console import size
 from lab.files import replacing
-from lab.report import METHODS, as_ms, as_times
+from lab.report import METHODS, as_ms
 
 MEMORY = {
     #  kind          color      hatch
@@ -23,28 +24,30 @@ TIME = {
     "backward_ms":  ("#E69F00", "//"),
     "optimizer_ms": ("#009E73", ".."),
 }
-ADDED = {kind: MEMORY[kind] for kind in ("gradients", "optimizer")}
+BY_TRAINED_PARAMETERS = {kind: MEMORY[kind] for kind in ("gradients", "optimizer")}
 
 
 def plot_comparison(report, curves, style, path):
     """Draw comparison.json (report) and the training curves {method: [point, ...]} into a PNG."""
     figure = Figure(figsize=(11, 7.6), layout="constrained")    # needs no screen, unlike pyplot
-    (memory_axes, added_axes), (time_axes, bpb_axes) = figure.subplots(2, 2)
+    (memory_axes, part_axes), (time_axes, bpb_axes) = figure.subplots(2, 2)
     bars, alike = bars_of(report), report["like_for_like"]
     memory = {name: costs["memory"] for name, costs in bars.items()}
     times = {name: costs["time"] for name, costs in bars.items()}
 
-    stack(memory_axes, memory, MEMORY, scale=1e6)
-    mark(memory_axes, memory, "peak", "peak of a step", scale=1e6, show=size)
-    title = f"Memory of a step: {as_times(alike['memory'])} less with LoRA, like for like"
+    tops = stack(memory_axes, memory, MEMORY, scale=1e6)
+    mark(memory_axes, memory, "peak", "peak of a step", scale=1e6, show=size, above=tops)
+    title = f"Memory of a step (full ÷ LoRA: {alike['memory']:.2f}, like for like)"
     memory_axes.set(ylabel="memory (MB)", title=title)
-    tops = stack(added_axes, memory, ADDED, scale=1e6)
+
+    tops = stack(part_axes, memory, BY_TRAINED_PARAMETERS, scale=1e6)
     for i, top in enumerate(tops):
-        write_above(added_axes, i, top, size(1e6 * top))
-    added_axes.set(ylabel="memory (MB)", title="What training adds to weights and activations")
-    stack(time_axes, times, TIME, scale=1)
-    mark(time_axes, times, "step_ms", "a whole step", scale=1, show=as_ms)
-    title = f"Time of a step: {as_times(alike['speed'])} as fast with LoRA, like for like"
+        write_above(part_axes, i, top, size(1e6 * top))
+    part_axes.set(ylabel="memory (MB)", title="Of that, gradients and optimizer alone")
+
+    tops = stack(time_axes, times, TIME, scale=1)
+    mark(time_axes, times, "step_ms", "a whole step", scale=1, show=as_ms, above=tops)
+    title = f"Time of a step (full ÷ LoRA: {alike['speed']:.2f}, like for like)"
     time_axes.set(ylabel="time (ms per step)", title=title)
 
     plot_curves(bpb_axes, curves)
@@ -82,13 +85,14 @@ def stack(axes, bars, kinds, scale):
     return tops
 
 
-def mark(axes, bars, kind, label, scale, show):
-    """Mark the number of one kind on each bar, and write it there in words."""
+def mark(axes, bars, kind, label, scale, show, above):
+    """Mark the number of one kind on each bar, and write it in words above the bar."""
     values = [numbers[kind] for numbers in bars.values()]
     heights = [value / scale for value in values]
     axes.plot(list(bars), heights, "D", color="black", markersize=5, label=label)
     for i, value in enumerate(values):
-        write_above(axes, i, heights[i], show(value))
+        write_above(axes, i, max(heights[i], above[i]), show(value))
+    axes.set_ylim(0, 1.4 * max(heights + above))
     axes.legend(loc="upper center", ncols=3, fontsize="small", frameon=False)
 
 

@@ -133,7 +133,7 @@ def predict_operations(step, x):
     adapted = adapted_layers(model)
     thin = 2 * tokens * sum(m.r * (m.in_features + m.out_features) for m in adapted)
     again = 0
-    if step.settings.recompute:             # the blocks, but not the head
+    if step.settings.recompute:     # the blocks (at most: nothing may need their last product)
         again = products - 2 * tokens * model.lm_head.weight.numel() + attention + thin
     return {
         "forward": products + attention,

@@ -5,7 +5,7 @@ A report is the content of comparison.json or voices.json.
 """
 from functools import partial
 
-from lab.console import aligned, say, size, wrapped
+from lab.console import aligned, bulleted, say, size, wrapped
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA"}
 
@@ -36,7 +36,10 @@ def what_is_alike(report):
     default = report["config"]["settings"]["lora"]
     if loss_and_base(default) == loss_and_base(alike):
         return text + "That is also the default of both here."
-    return text + f"By default LoRA has {loss_and_base(default)}."
+    return text + (
+        f"By default LoRA has {loss_and_base(default)}, and this default is what the tables "
+        "below show."
+    )
 
 
 def loss_and_base(settings):
@@ -81,7 +84,7 @@ def table(report, style, base_name):
     row(f"{base_name} held out, after", "base_bpb_after", as_bpb)
     row("steps trained", "steps", str, better=None)
     row("training time to the best", "seconds_to_best", "{:.1f} s".format)
-    return f"{aligned(rows)}\n\n{wrapped(' '.join(notes_on_table(report)))}"
+    return "\n".join([aligned(rows), "", *map(bulleted, notes_on_table(report))])
 
 
 def advantage(full, lora, better):
@@ -124,17 +127,17 @@ def notes_on_table(report):
     """How to read the table, in sentences."""
     full, lora = (report["methods"][method]["time"] for method in METHODS)
     notes = ["LoRA's advantage is how many times less LoRA takes, or how many times more "
-             "tokens it trains on in a second: above 1, LoRA is better."]
+             "tokens it trains on in a second. Above 1, LoRA is better."]
     if "process_peak" in report:
         notes.append(
-            "The whole command is everything until here in one process: loading, training "
-            "by both methods, evaluation and sampling."
+            "The whole command is one process for both methods: Python and its libraries, "
+            "loading, training (unless it was finished before), evaluation and sampling."
         )
     if full["ahead_ms"] or lora["ahead_ms"]:
         notes.append(
-            "The chunked loss makes some gradients in the forward pass "
-            f"({as_ms(full['ahead_ms'])} and {as_ms(lora['ahead_ms'])}); they count as "
-            "backward."
+            "The loss in chunks makes a part of the gradients in the forward pass. That time, "
+            f"{as_ms(full['ahead_ms'])} in full fine-tuning and {as_ms(lora['ahead_ms'])} in "
+            "LoRA, counts as backward."
         )
     if not adds_up(full) or not adds_up(lora):
         notes.append(f"Step - phases is the time of a step less the sum of its phases. "
@@ -168,8 +171,16 @@ def as_bpb(bits_per_byte):
     return f"{bits_per_byte:.3f} bpb"
 
 
-def as_gflop(operations):
-    return f"{operations / 1e9:,.1f} GFLOP"
+def as_flop(operations):
+    """Operations in readable units: as_flop(18_253_611_008) -> '18.3 GFLOP'."""
+    n = operations / 1e6
+    unit = "MFLOP"
+    for larger in ("GFLOP", "TFLOP"):
+        if n < 999.5:
+            break
+        n /= 1000
+        unit = larger
+    return f"{n:.3g} {unit}"
 
 
 def ledgers(report, predicted):
@@ -189,30 +200,37 @@ def ledgers(report, predicted):
     return f"{aligned(rows)}\n\n{wrapped(speed_sentence(report, predicted))}"
 
 
+# What the parts of lab.predict.predict_operations() are called, below their phase.
+PARTS = {
+    "forward, thin products": "thin products with A and B",
+    "backward, inputs": "gradients of the inputs",
+    "backward, weights": "gradients of the weights",
+    "backward, thin products": "thin products with A and B",
+    "backward, forward again": "the forward pass again",
+}
+
+
 def time_rows(predicted, measured):
     """The rows of the phases, in operations and milliseconds, and of their parts."""
     rows = []
 
     def row(label, operations, phase=None):
         """A row of operations(prediction) and, if the phase is measured, its time."""
-        counts = {method: operations(predicted[method]) for method in METHODS}
-        if phase is None and not any(counts.values()):
-            return
         cells = [label]
         for method in METHODS:
-            count, time = counts[method], measured[method]["time"]
-            cells.append("" if count is None else as_gflop(count))
+            count, time = operations(predicted[method]), measured[method]["time"]
+            cells.append("" if count is None else as_flop(count))
             cells.append("" if phase is None else as_ms(time[f"{phase}_ms"]))
         rows.append(cells)
 
-    parts = predicted["full"]["operations"]
     for phase in ("forward", "backward"):
         row(f"time: {phase}", partial(operations_of, phase), phase)
-        for part in parts:
-            if part.startswith(f"{phase}, "):
-                row(f"    of it {part.removeprefix(f'{phase}, ')}", partial(operations_of, part))
+        for part, name in PARTS.items():
+            counts = [predicted[method]["operations"][part] for method in METHODS]
+            if part.startswith(phase) and any(counts):
+                row(f"  of it, {name}", partial(operations_of, part))
     if any(predicted[method]["ahead"] for method in METHODS):
-        row("    of it in the forward pass", operations_ahead, "ahead")
+        row("  of that, done ahead by the loss", operations_ahead, "ahead")
     row("time: optimizer", no_count, "optimizer")
     row("time: a whole step", partial(operations_of, ""), "step")
     return rows
