@@ -72,9 +72,8 @@ def table(report, style, base_name):
     rows += process_rows(report)
     for phase in ("forward", "backward", "optimizer"):
         row(f"time: {phase}", f"time.{phase}_ms", as_ms)
-    if not adds_up(full["time"]) or not adds_up(lora["time"]):
-        differences = (as_ms(difference(method["time"])) for method in (full, lora))
-        rows.append((DIFFERENCE, *differences, ""))
+    if not all_add_up(report["methods"]):
+        rows.append((DIFFERENCE, *differences(report["methods"]), ""))
     row("time: a whole step", "time.step_ms", as_ms)
     row("tokens per second", "tokens_per_s", "{:,.0f}".format, better="more")
     row(f"{style} held out, before", "style_bpb_before", as_bpb, better=None)
@@ -123,6 +122,15 @@ def adds_up(times):
     return abs(difference(times)) <= TOLERANCE * times["step_ms"]
 
 
+def all_add_up(methods):
+    return all(adds_up(methods[method]["time"]) for method in METHODS)
+
+
+def differences(methods):
+    """The cells of a row of what the phases lack, or have too much."""
+    return [as_ms(difference(methods[method]["time"])) for method in METHODS]
+
+
 def notes_on_table(report):
     """How to read the table, in sentences."""
     full, lora = (report["methods"][method]["time"] for method in METHODS)
@@ -139,8 +147,8 @@ def notes_on_table(report):
             f"{as_ms(full['ahead_ms'])} in full fine-tuning and {as_ms(lora['ahead_ms'])} in "
             "LoRA, counts as backward."
         )
-    if not adds_up(full) or not adds_up(lora):
-        notes.append(f"Step - phases is the time of a step less the sum of its phases. "
+    if not all_add_up(report["methods"]):
+        notes.append(f"\"{DIFFERENCE}\" is the time of a step less the sum of its phases. "
                      f"{why_different(full)}")
     return notes
 
@@ -232,6 +240,9 @@ def time_rows(predicted, measured):
     if any(predicted[method]["ahead"] for method in METHODS):
         row("  of that, done ahead by the loss", operations_ahead, "ahead")
     row("time: optimizer", no_count, "optimizer")
+    if not all_add_up(measured):
+        of_full, of_lora = differences(measured)
+        rows.append([DIFFERENCE, "", of_full, "", of_lora])
     row("time: a whole step", partial(operations_of, ""), "step")
     return rows
 
