@@ -43,6 +43,7 @@ from lab.comparison import (
     print_samples,
     print_voices,
     quality,
+    sample_each,
     score_voices,
     voices_report,
     write_comparison,
@@ -59,6 +60,7 @@ from lab.files import (
     without_password,
 )
 from lab.gpt2_files import fingerprint
+from lab.measure import process_peak
 from lab.models import (
     PROMPT,
     add_lora,
@@ -399,22 +401,25 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
     def bpb(model, text):
         return evaluate_as_trained(model, corpora[text], settings)
 
-    costs, predicted = costs_of(records, base, device, corpora["style"], Step)
     tuned = load_tuned(base, out, device)
     qualities = quality(base_model, tuned, records, out, bpb)
     base_bpb = bpb(base_model, "base")
-    report = comparison_report(base_model, base_bpb, records, costs, qualities, device)
+    samples = sample_each({
+        "the base model": base_model,
+        "after full fine-tuning": tuned["full"],
+        "after LoRA": tuned["lora"],
+    }, encoding, prompt)
+    peak = process_peak(device)             # before the steps that are measured come on top
+    config = base_model.config
+    del base_model, tuned                   # they make room for those steps
+    costs, predicted = costs_of(records, base, device, corpora["style"], Step)
+    report = comparison_report(config, base_bpb, records, costs, qualities, peak, device)
     style, base_name = name_of(data), name_of(base_text)
     write_comparison(report, records, style, out)
     print_comparison(report, predicted, records, style, base_name)
 
     headline("One prompt, three models")
-    models = {
-        "the base model": base_model,
-        "after full fine-tuning": tuned["full"],
-        "after LoRA": tuned["lora"],
-    }
-    print_samples(models, encoding, prompt)
+    print_samples(samples)
     say(f"Written: {Path(out, COMPARISON)} and {Path(out, COMPARISON_PICTURE)}. Now try:\n"
         f'  python train.py sample --base {shell_quoted(base)} --adapter '
         f'{shell_quoted(Path(out, "lora"))} --prompt "Once"')

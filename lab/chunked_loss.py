@@ -73,6 +73,7 @@ class ChunkedLoss(torch.autograd.Function):
                 del logits, log_p                           # before the next ones are made
             if wants_gradients:
                 ctx.save_for_backward(torch.cat(dx) * weights[:, None].to(dtype), dW)
+            ctx.head_gradient_bytes = dW.nbytes if head_trains else 0   # for lab/measure.py
         return loss
 
     @staticmethod

@@ -4,7 +4,7 @@ report it.
 
 The training functions are handed in: nothing here imports train.
 """
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from lab.parallel import from_first
 from lab.plot import plot_comparison
 from lab.predict import predict
 from lab.progress import best_of
-from lab.report import findings, ledgers, table, voices_table
+from lab.report import findings, headline_numbers, ledgers, table, voices_table
 from lab.settings import UsageError, settings_of
 from lora_minimal import apply_lora, load_lora
 
@@ -29,6 +29,9 @@ KEPT_FILES = {      # what a method leaves on disk for a style
     "lora": (files.ADAPTER, files.ADAPTER_CONFIG),
 }
 
+# A LoRA step with the loss and the base of full fine-tuning, if those are not its own.
+LORA_ALIKE = "lora, like for like"
+
 # Names that voices uses itself, beside the adapters.
 TAKEN = {"", "base", "the base", files.TOKENS, files.DOWNLOADS, files.VOICES}
 
@@ -36,30 +39,52 @@ TAKEN = {"", "base", "the base", files.TOKENS, files.DOWNLOADS, files.VOICES}
 # ---- compare -----------------------------------------------------------------------
 
 def measure_costs(steps, corpus):
-    """Measure a training step of each of `steps` {method: train.Step}, and predict it.
+    """Measure a training step of each of `steps` {name: train.Step}, and predict it.
 
-    Returns {method: costs} as in comparison.json, and {method: lab.predict.predict(...)}.
+    Returns {name: costs} as in comparison.json, and {name: lab.predict.predict(...)}.
     """
     settings, device = steps["lora"].settings, steps["lora"].device
     batches = Batches(corpus.train, settings.batch_size, settings.block_size, seed=0)
     x, y = (tensor.to(device) for tensor in batches[0])
-    predicted = {method: predict(step, x) for method, step in steps.items()}
+    predicted = {name: predict(step, x) for name, step in steps.items()}
     return measure(steps, x, y), predicted
 
 
 def costs_of(records, base, device, corpus, make_step):
     """measure_costs() for the steps of runs {method: record}, with the weights of the base.
 
+    If the runs differ in their loss or base, there is a third step: LORA_ALIKE.
     make_step is train.Step.
     """
+    settings = {method: settings_of(record) for method, record in records.items()}
+    loras = {method: record["asked"]["lora"] for method, record in records.items()}
+    alike = like_for_like(settings["full"], settings["lora"])
+    if alike != settings["lora"]:
+        settings[LORA_ALIKE] = alike
+        loras[LORA_ALIKE] = loras["lora"]
     steps = {}
-    for method, record in records.items():
-        settings, lora = settings_of(record), record["asked"]["lora"]
-        model, _, _ = load_model(base, device, settings.dropout, settings.base_dtype)
-        if lora is not None:
-            apply_lora(model, **lora)
-        steps[method] = make_step(model.train(), settings)
+    for name in settings:
+        dropout, base_dtype = settings[name].dropout, settings[name].base_dtype
+        model, _, _ = load_model(base, device, dropout, base_dtype)
+        if loras[name] is not None:
+            apply_lora(model, **loras[name])
+        steps[name] = make_step(model.train(), settings[name])
     return measure_costs(steps, corpus)
+
+
+def like_for_like(full, lora):
+    """The Settings of LoRA with the loss and the dtypes of those of full fine-tuning."""
+    return replace(
+        lora, loss_chunk=full.loss_chunk, base_dtype=full.base_dtype, dtype=full.dtype
+    )
+
+
+def advantages(full, lora):
+    """How many times better the costs of LoRA are: {"speed", "memory"}; above 1, LoRA's are."""
+    return {
+        "speed": full["time"]["step_ms"] / lora["time"]["step_ms"],
+        "memory": full["memory"]["peak"] / lora["memory"]["peak"],
+    }
 
 
 def load_tuned(base, out, device):
@@ -99,16 +124,29 @@ def bytes_on_disk(dir, names):
     return sum(Path(dir, name).stat().st_size for name in names)
 
 
-def comparison_report(base_model, base_bpb, records, costs, qualities, device):
-    """The content of comparison.json."""
+def comparison_report(config, base_bpb, records, costs, qualities, peak, device):
+    """The content of comparison.json.
+
+    config is that of the base, peak what lab.measure.process_peak() returned before the
+    costs were measured.
+    """
     settings = {method: record["asked"]["settings"] for method, record in records.items()}
     lora = records["lora"]["asked"]["lora"]
+    alike = costs.get(LORA_ALIKE, costs["lora"])
     return {
         "device": device_name(device),
         "torch": torch.__version__,
-        "config": {**asdict(base_model.config), **lora, "settings": settings},
+        "config": {**asdict(config), **lora, "settings": settings},
         "base": {"bpb": base_bpb},
-        "methods": {method: {**costs[method], **qualities[method]} for method in costs},
+        "process_peak": peak,
+        "like_for_like": {
+            **advantages(costs["full"], alike),
+            "loss_chunk": settings["full"]["loss_chunk"],
+            "base_dtype": settings["full"]["base_dtype"],
+            "lora": alike,
+        },
+        "defaults": advantages(costs["full"], costs["lora"]),
+        "methods": {method: {**costs[method], **qualities[method]} for method in qualities},
     }
 
 
@@ -121,6 +159,7 @@ def write_comparison(report, records, style, out):
 
 def print_comparison(report, predicted, records, style, base_name):
     """Print the comparison as tables and sentences."""
+    say(headline_numbers(report) + "\n")
     say(table(report, style, base_name) + "\n")
     say(ledgers(report, predicted) + "\n")
     for sentence in findings(report, curves_of(records)):
@@ -132,12 +171,20 @@ def curves_of(records):
     return {method: record["curve"] for method, record in records.items()}
 
 
-def print_samples(models, encoding, prompt):
-    """Print how each of `models` {title: model} continues the prompt, side by side."""
+def sample_each(models, encoding, prompt):
+    """How each of `models` {title: model} continues the prompt, twice: [{title: text}, ...]."""
+    rounds = []
     for seed in (0, 1):
         texts = {}
         for title, model in models.items():
             [texts[title]] = continue_text(model, encoding, prompt, 100, seed=seed)
+        rounds.append(texts)
+    return rounds
+
+
+def print_samples(rounds):
+    """Print what sample_each() returned, side by side."""
+    for texts in rounds:
         say(side_by_side(texts, WIDTH) + "\n")
 
 

@@ -74,7 +74,19 @@ def headline(text):
 
 def bullet(text):
     """Print a paragraph as an item of a list."""
-    say(textwrap.fill(text, WIDTH, initial_indent="  · ", subsequent_indent="    "))
+    say(bulleted(text))
+
+
+def bulleted(text):
+    """A paragraph as an item of a list, in lines of the console's width."""
+    return textwrap.fill(
+        text, WIDTH, initial_indent="  · ", subsequent_indent="    ", break_on_hyphens=False
+    )
+
+
+def wrapped(text):
+    """A paragraph in lines of the console's width."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 
 def size(n):

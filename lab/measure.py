@@ -6,19 +6,31 @@ What a training step costs, measured: memory by kind, time by phase.
     optimizer      AdamW keeps two numbers for each trained one
     activations    what the forward pass keeps for the backward pass
 
+    forward        from a batch to its loss
+    backward       from the loss to the gradients
+    optimizer      from the gradients to new weights
+
+The chunked loss does a part of the backward pass in the forward pass: it makes the
+gradients of the hidden states and of the head while it has the logits. That time is
+counted as backward, and the gradient of the head is no activation.
+
 LoRA nearly eliminates gradients and optimizer state. It hardly changes the
 activations, and it shrinks the weights only if the frozen base is stored in bfloat16.
 """
+import contextlib
 import statistics
+import sys
 import time
 import weakref
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from tqdm import tqdm
 
-from lab.capture import WARMUP, captured
+from lab.capture import WARMUP, capture_each, captured
 
 
 def measure(steps, x, y):
@@ -95,8 +107,9 @@ def measure_memory(step, x, y):
     Returns {"weights", "gradients", "optimizer", "activations", "peak"} in bytes. On
     CUDA, activations and peak are those of the allocator. Elsewhere, activations are
     the tensors that autograd saves in the forward pass, and the peak is that of all
-    live tensors. It can be less than the sum: activations are freed while gradients
-    are made.
+    live tensors. Activations do not include gradients_made_ahead(), which are among
+    the gradients. The peak can be less than the sum: activations are freed while
+    gradients are made.
     """
     step(x, y)
     x, y = step.micro_batches(x, y)[0]
@@ -126,6 +139,14 @@ def gradients_of(step):
     return bytes_of(p.grad for p in step.trained.values())
 
 
+def gradients_made_ahead(loss):
+    """Bytes of the gradient of the head, if the chunked loss has made it in the forward pass.
+
+    0 in a compiled model, whose graph does not tell it from an activation.
+    """
+    return getattr(loss.grad_fn, "head_gradient_bytes", 0)
+
+
 def run_on_cuda(step, x, y, weights, states):
     """Run a step. Returns the allocator's bytes of gradients, activations and peak."""
     torch.cuda.synchronize()
@@ -133,7 +154,7 @@ def run_on_cuda(step, x, y, weights, states):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss = step.forward(x, y)
-    activations = torch.cuda.memory_allocated() - before
+    activations = torch.cuda.memory_allocated() - before - gradients_made_ahead(loss)
     step.backward(loss)
     gradients = gradients_of(step)
     step.update()
@@ -154,12 +175,40 @@ def run_counting_tensors(step, x, y, weights, states):
     with LiveBytes(weights + states + [x, y]) as live:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = step.forward(x, y)
-        activations = bytes_of(saved)
+        activations = bytes_of(saved) - gradients_made_ahead(loss)
         saved.clear()
         step.backward(loss)
         gradients = gradients_of(step)
         step.update()
     return gradients, activations, live.peak
+
+
+def process_peak(device):
+    """The most memory that this process has held so far, everything included.
+
+    Returns {"resident": bytes of main memory} and, on CUDA, "cuda": the bytes that
+    torch's allocator reserved on the GPU since measure_memory() last ran, if it did.
+    """
+    peak = {"resident": resident_peak()}
+    if torch.device(device).type == "cuda":
+        peak["cuda"] = torch.cuda.max_memory_reserved(device)
+    return peak
+
+
+def resident_peak():
+    """The most bytes of main memory that this process has held so far."""
+    if sys.platform == "win32":
+        import psutil
+        return psutil.Process().memory_info().peak_wset
+    # Linux. (Its getrusage() would also count the process that started this one.)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak    # macOS: bytes, others: kB
 
 
 # ---- time --------------------------------------------------------------------------
@@ -200,45 +249,167 @@ def timed(function, device, repeat=1):
 
 
 def measure_time(steps, x, y, rounds=10, warmup=WARMUP + 1):
-    """Time one training step of each of `steps` {name: train.Step}, in turn.
+    """Time one training step of each of `steps` {name: train.Step} on x, y (B, T), in turn.
 
-    Returns {name: {"forward_ms", "backward_ms", "optimizer_ms", "step_ms"}}, medians.
-    step_ms is timed without a stop between the phases, and captured if the step can
-    be: on a GPU it is less than their sum.
+    Returns {name: {"forward_ms", "backward_ms", "optimizer_ms", "step_ms", "ahead_ms",
+    "captured"}}, with typical times in milliseconds:
+
+    step_ms         a whole step. A CPU does nothing between two phases, so there a step
+                    is its phases; elsewhere it is timed on its own, without a stop
+    backward_ms     includes ahead_ms, the part that the loss does in the forward pass
+    captured        whether the step, and each phase, was replayed as a CUDA graph
     """
-    samplers = {name: phase_sampler(step, x, y) for name, step in steps.items()}
-    medians = {}
-    for name, samples in round_robin(samplers, rounds, warmup).items():
-        medians[name] = {}
-        for phase in samples[0]:
-            values = [sample[phase] for sample in samples]
-            medians[name][phase] = statistics.median(values)
-    return medians
+    kinds = {
+        "phases": phase_sampler,
+        "loss": partial(loss_sampler, with_gradients=True),
+        "value of the loss": partial(loss_sampler, with_gradients=False),
+    }
+    if x.device.type != "cpu":
+        kinds["step"] = step_sampler
+    samplers = {}
+    for kind, make in kinds.items():
+        for name, step in steps.items():
+            samplers[name, kind] = make(step, x, y)
+    samples = round_robin(samplers, rounds, warmup)
+    times = {}
+    for name, step in steps.items():
+        phases = typical(samples[name, "phases"])
+        loss = statistics.median(samples[name, "loss"])
+        ahead = loss - statistics.median(samples[name, "value of the loss"])
+        whole = sum(phases.values())
+        if (name, "step") in samples:
+            whole = statistics.median(samples[name, "step"])
+        times[name] = {
+            "forward_ms": 1000 * (phases["forward"] - ahead),
+            "backward_ms": 1000 * (phases["backward"] + ahead),
+            "optimizer_ms": 1000 * phases["optimizer"],
+            "step_ms": 1000 * whole,
+            "ahead_ms": 1000 * ahead,
+            "captured": step.can_be_captured,
+        }
+    return times
+
+
+def typical(samples):
+    """The mean of each key of the samples [{key: number}, ...], over the middle half of them.
+
+    The quarters with the smallest and the largest sums are left out, so that a
+    disturbance counts as little as in a median. Unlike medians, the result adds up:
+    its sum is that of a typical sample.
+    """
+    ordered = sorted(samples, key=lambda sample: sum(sample.values()))
+    quarter = len(ordered) // 4
+    middle = ordered[quarter:len(ordered) - quarter]
+    means = {}
+    for key in middle[0]:
+        means[key] = statistics.fmean(sample[key] for sample in middle)
+    return means
+
+
+# Each of these makes a sampler for round_robin, which returns seconds.
+
+def step_sampler(step, x, y):
+    """Times a whole step, without a stop between its phases."""
+    return timed(partial(captured(step), x, y), x.device)
 
 
 def phase_sampler(step, x, y):
-    """A sampler for round_robin that returns the milliseconds of each phase, and of a step."""
-    whole_step = captured(step)
+    """Times the phases of a step one by one: {"forward", "backward", "optimizer"}."""
+    names, functions = zip(*phases_of(step, x, y))
+    functions = as_in_the_step(step, functions)
 
     def sample():
-        forward = backward = 0.0
-        for part_x, part_y in step.micro_batches(x, y):
-            t0 = clock(x.device)
-            loss = step.forward(part_x, part_y)
-            t1 = clock(x.device)
-            step.backward(loss)
-            t2 = clock(x.device)
-            forward += t1 - t0
-            backward += t2 - t1
-        step.update()
-        t3 = clock(x.device)
-        del loss            # free the autograd graph before a capture on another stream
-        whole_step(x, y)
-        t4 = clock(x.device)
-        return {
-            "forward_ms": 1000 * forward,
-            "backward_ms": 1000 * backward,
-            "optimizer_ms": 1000 * (t3 - t2),
-            "step_ms": 1000 * (t4 - t3),
-        }
+        seconds = dict.fromkeys(names, 0.0)
+        for name, function in zip(names, functions):
+            start = clock(x.device)
+            function()
+            seconds[name] += clock(x.device) - start
+        return seconds
     return sample
+
+
+def loss_sampler(step, x, y, with_gradients):
+    """Times the loss of a batch: its value, and what is computed ahead with_gradients.
+
+    The plain loss computes nothing ahead, and is not timed.
+    """
+    if not step.settings.loss_chunk:
+        return lambda: 0.0
+    functions = []
+    for part_x, part_y in step.micro_batches(x, y):
+        functions.append(loss_of(step, part_x, part_y, with_gradients))
+    functions = as_in_the_step(step, functions)
+
+    def compute():
+        for function in functions:
+            function()
+    return timed(compute, x.device)
+
+
+def as_in_the_step(step, functions):
+    """The functions as CUDA graphs if the step is captured in one, else as they are."""
+    if not step.can_be_captured:
+        return functions
+    for _ in range(WARMUP):
+        for function in functions:
+            function()
+    return capture_each(functions)
+
+
+def phases_of(step, x, y):
+    """The phases of step(x, y) in their order: [(name, function), ...].
+
+    A micro-batch has a forward and a backward phase of its own.
+    """
+    parts = step.micro_batches(x, y)
+    losses = []             # forward leaves a loss here, and backward takes it
+
+    def forward(x, y, is_last):
+        with step.averaging.micro_batch(is_last):
+            losses.append(step.forward(x, y) / len(parts))
+
+    def backward(is_last):
+        with step.averaging.micro_batch(is_last):
+            step.backward(losses.pop())
+
+    phases = []
+    for i, (part_x, part_y) in enumerate(parts):
+        is_last = i == len(parts) - 1
+        phases.append(("forward", partial(forward, part_x, part_y, is_last)))
+        phases.append(("backward", partial(backward, is_last)))
+    phases.append(("optimizer", step.update))
+    return phases
+
+
+def loss_of(step, x, y, with_gradients):
+    """A function that computes the loss of a micro-batch x, y again, from its hidden states."""
+    hidden, head, targets, autocast = arguments_of_loss(step, x, y)
+    hidden.requires_grad_()
+    loss = step.model.loss
+    if step.settings.compile:
+        loss = torch.compile(loss)
+
+    def compute():
+        with autocast(), torch.set_grad_enabled(with_gradients):
+            loss(hidden, head, targets)
+    return compute
+
+
+def arguments_of_loss(step, x, y):
+    """What the model calls its loss with for x, y: hidden states, head, targets, and autocast."""
+    loss, seen = step.model.loss, []
+
+    def note(hidden, head, targets):
+        enabled = torch.is_autocast_enabled(hidden.device.type)
+        autocast = partial(torch.autocast, hidden.device.type, torch.bfloat16, enabled)
+        seen.append((hidden.detach(), head, targets, autocast))
+        return loss(hidden, head, targets)
+
+    eager = contextlib.nullcontext()
+    if step.settings.compile:
+        eager = torch.compiler.set_stance("force_eager")
+    step.model.loss = note
+    with torch.no_grad(), eager:
+        step.forward(x, y)
+    step.model.loss = loss
+    return seen[0]

@@ -9,8 +9,16 @@ from lora_minimal import LoRALinear
 
 
 def predict(step, x):
-    """Predict a train.Step on x (B, T): ({kind: bytes}, {part: operations})."""
-    return predict_memory(step, x), predict_operations(step, x)
+    """Predict a train.Step on x (B, T).
+
+    Returns {"memory": {kind: bytes}, "operations": {part: count}, "ahead": the
+    operations of the backward pass that the loss does in the forward pass}.
+    """
+    return {
+        "memory": predict_memory(step, x),
+        "operations": predict_operations(step, x),
+        "ahead": predict_ahead(step, x),
+    }
 
 
 def linear_layers(model):
@@ -39,14 +47,16 @@ def predict_memory(step, x):
 def predict_activations(step, x):
     """Bytes that the forward pass on a micro-batch of x (B, T) keeps for backward.
 
-    Each kept tensor counts once, in the bytes of its dtype.
+    Each kept tensor counts once, in the bytes of its dtype. The gradient of the head,
+    which the chunked loss makes in the forward pass, is among the gradients already.
     """
     tokens = x.numel() // step.settings.accumulate
     product_bytes = 2 if step.settings.dtype == "bfloat16" else 4
     residual_bytes = next(step.model.parameters()).element_size()
     sizes = (step.model, step.settings, product_bytes, residual_bytes)
     total = tokens * (bytes_of_blocks(*sizes) + bytes_of_head(*sizes))
-    total += bytes_of_head_gradient(step.model, step.settings)
+    if step.settings.compile:               # see lab.measure.gradients_made_ahead
+        total += bytes_of_head_gradient(step.model, step.settings)
     if product_bytes < residual_bytes and not step.settings.recompute:
         total += bytes_of_casts(step.model, product_bytes)
     return total
@@ -109,8 +119,10 @@ def predict_operations(step, x):
     A product with a matrix of n numbers takes 2 n for each token, forward; as many
     for the gradient of its input; and as many for the gradient of the matrix, which a
     frozen one does not need. So LoRA saves up to a third. A and B add thin products:
-    u = x Aᵀ, v = g B, the gradients of A and B, and adding both to the results (or
-    folding them into W, which costs less).
+    forward u = x Aᵀ and u Bᵀ, backward v = g B, v A and the gradients of A and B. (To
+    fold B A into W instead of computing u Bᵀ and v A costs less.)
+
+    What the chunked loss computes ahead, in the forward pass, counts as backward.
     """
     model, config, tokens = step.model, step.model.config, x.numel()
     linears = linear_layers(model)
@@ -119,11 +131,28 @@ def predict_operations(step, x):
     # q kᵀ and p v, each over half of the T tokens on average.
     attention = 2 * tokens * config.n_layer * config.n_embd * x.size(1)
     adapted = adapted_layers(model)
-    thin = sum(m.r * (m.in_features + m.out_features) for m in adapted)
+    thin = 2 * tokens * sum(m.r * (m.in_features + m.out_features) for m in adapted)
+    again = 0
+    if step.settings.recompute:     # the blocks (at most: nothing may need their last product)
+        again = products - 2 * tokens * model.lm_head.weight.numel() + attention + thin
     return {
         "forward": products + attention,
+        "forward, thin products": thin,
         "backward, inputs": products + 2 * attention,
         "backward, weights": 2 * tokens * sum(m.weight.numel() for m in trained),
-        "thin products": 6 * tokens * thin,
-        "forward again": products + attention if step.settings.recompute else 0,
+        "backward, thin products": 2 * thin,
+        "backward, forward again": again,
     }
+
+
+def predict_ahead(step, x):
+    """Operations of the backward pass that the loss does in the forward pass on x (B, T).
+
+    The chunked loss has the logits there, and never again: it makes the gradient of
+    the hidden states, and that of the head if the head trains.
+    """
+    if not step.settings.loss_chunk:
+        return 0
+    head = step.model.lm_head.weight
+    gradients = 2 if head.requires_grad else 1
+    return gradients * 2 * x.numel() * head.numel()

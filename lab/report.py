@@ -3,22 +3,65 @@ What is found, in tables and sentences: full fine-tuning beside LoRA, several vo
 
 A report is the content of comparison.json or voices.json.
 """
-from lab.console import aligned, say, size
+from functools import partial
+
+from lab.console import aligned, bulleted, say, size, wrapped
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA"}
 
 
 # ---- full fine-tuning and LoRA -----------------------------------------------------
 
-def table(report, style, base_name):
-    """What was measured of both methods, and their ratio."""
-    full, lora = (report["methods"][method] for method in METHODS)
-    rows = [("", "full", "LoRA", "full ÷ LoRA")]
+def headline_numbers(report):
+    """LoRA's advantage in one number for speed and one for memory: like for like, by default."""
+    rows = [("LoRA's advantage", "speed", "memory")]
+    for label, key in (("like for like", "like_for_like"), ("each by default", "defaults")):
+        ratios = report[key]
+        rows.append((label, as_times(ratios["speed"]), as_times(ratios["memory"])))
+    return f"{aligned(rows)}\n\n{wrapped(what_is_alike(report))}"
 
-    def row(label, path, show, ratio=True):
-        """A row of the value at `path`, "memory.peak" for example, in both methods."""
+
+def as_times(ratio):
+    return f"{ratio:.2f} x"
+
+
+def what_is_alike(report):
+    """How the two headline numbers differ, in a sentence or two."""
+    alike = report["like_for_like"]
+    text = (
+        "Speed is the time of a full step ÷ that of a LoRA step; memory is the peak of a "
+        "full step ÷ that of a LoRA step. Like for like means that both methods have "
+        f"{loss_and_base(alike)}. "
+    )
+    default = report["config"]["settings"]["lora"]
+    if loss_and_base(default) == loss_and_base(alike):
+        return text + "That is also the default of both here."
+    return text + (
+        f"By default LoRA has {loss_and_base(default)}, and this default is what the tables "
+        "below show."
+    )
+
+
+def loss_and_base(settings):
+    """The loss and the base of settings, a dict, in words."""
+    loss = "the plain loss"
+    if settings["loss_chunk"]:
+        loss = f"the loss in chunks of {settings['loss_chunk']:,} logits"
+    return f"{loss}, and the base in {settings['base_dtype']}"
+
+
+def table(report, style, base_name):
+    """What was measured of both methods, and how many times better LoRA is."""
+    full, lora = (report["methods"][method] for method in METHODS)
+    rows = [("", "full", "LoRA", "LoRA's advantage")]
+
+    def row(label, path, show, better="less"):
+        """A row of the value at `path`, "memory.peak" for example, in both methods.
+
+        better is "less", "more", or None for a row without a ratio.
+        """
         a, b = value_at(full, path), value_at(lora, path)
-        rows.append((label, show(a), show(b), f"{a / b:.2f}" if ratio and b else ""))
+        rows.append((label, show(a), show(b), advantage(a, b, better)))
 
     row("parameters trained", "trainable_params", "{:,}".format)
     row("parameters in total", "total_params", "{:,}".format)
@@ -26,19 +69,100 @@ def table(report, style, base_name):
     for kind in ("weights", "gradients", "optimizer", "activations"):
         row(f"memory: {kind}", f"memory.{kind}", size)
     row("memory: peak of a step", "memory.peak", size)
+    rows += process_rows(report)
     for phase in ("forward", "backward", "optimizer"):
         row(f"time: {phase}", f"time.{phase}_ms", as_ms)
+    if not all_add_up(report["methods"]):
+        rows.append((DIFFERENCE, *differences(report["methods"]), ""))
     row("time: a whole step", "time.step_ms", as_ms)
-    row("tokens per second", "tokens_per_s", "{:,.0f}".format)
-    row(f"{style} held out, before", "style_bpb_before", as_bpb, ratio=False)
+    row("tokens per second", "tokens_per_s", "{:,.0f}".format, better="more")
+    row(f"{style} held out, before", "style_bpb_before", as_bpb, better=None)
     row(f"{style} held out, after", "style_bpb_after", as_bpb)
     before = as_bpb(report["base"]["bpb"])
     rows.append((f"{base_name} held out, before", before, before, ""))
     row(f"{base_name} held out, after", "base_bpb_after", as_bpb)
-    row("steps trained", "steps", str, ratio=False)
+    row("steps trained", "steps", str, better=None)
     row("training time to the best", "seconds_to_best", "{:.1f} s".format)
-    return aligned(rows)
+    return "\n".join([aligned(rows), "", *map(bulleted, notes_on_table(report))])
 
+
+def advantage(full, lora, better):
+    """How many times better LoRA's value is; above 1, LoRA is better."""
+    if better == "more":
+        full, lora = lora, full
+    if better is None or not lora:
+        return ""
+    return f"{full / lora:.2f}"
+
+
+def process_rows(report):
+    """The peak of the whole process, which trained both methods."""
+    names = {"resident": "memory: whole command", "cuda": "memory: whole command, GPU"}
+    peak = report.get("process_peak", {})
+    return [(names[kind], size(n), size(n), "") for kind, n in peak.items()]
+
+
+# ---- whether the phases add up -----------------------------------------------------
+
+DIFFERENCE = "time: step - phases"
+TOLERANCE = 0.05
+
+
+def difference(times):
+    """A step less the sum of its phases, in milliseconds."""
+    return times["step_ms"] - sum_of_phases(times)
+
+
+def sum_of_phases(times):
+    return times["forward_ms"] + times["backward_ms"] + times["optimizer_ms"]
+
+
+def adds_up(times):
+    """Whether the phases are a step, to 5%."""
+    return abs(difference(times)) <= TOLERANCE * times["step_ms"]
+
+
+def all_add_up(methods):
+    return all(adds_up(methods[method]["time"]) for method in METHODS)
+
+
+def differences(methods):
+    """The cells of a row of what the phases lack, or have too much."""
+    return [as_ms(difference(methods[method]["time"])) for method in METHODS]
+
+
+def notes_on_table(report):
+    """How to read the table, in sentences."""
+    full, lora = (report["methods"][method]["time"] for method in METHODS)
+    notes = ["LoRA's advantage is how many times less LoRA takes, or how many times more "
+             "tokens it trains on in a second. Above 1, LoRA is better."]
+    if "process_peak" in report:
+        notes.append(
+            "The whole command is one process for both methods: Python and its libraries, "
+            "loading, training (unless it was finished before), evaluation and sampling."
+        )
+    if full["ahead_ms"] or lora["ahead_ms"]:
+        notes.append(
+            "The loss in chunks makes a part of the gradients in the forward pass. That time, "
+            f"{as_ms(full['ahead_ms'])} in full fine-tuning and {as_ms(lora['ahead_ms'])} in "
+            "LoRA, counts as backward."
+        )
+    if not all_add_up(report["methods"]):
+        notes.append(f"\"{DIFFERENCE}\" is the time of a step less the sum of its phases. "
+                     f"{why_different(full)}")
+    return notes
+
+
+def why_different(times):
+    """Why the phases do not add up to the step."""
+    if times["captured"]:
+        return ("The step is replayed as one CUDA graph and each phase as a graph of its own, "
+                "which the CPU launches and waits for one by one.")
+    return ("The clock stops between the phases until the GPU has finished; in a whole step "
+            "the CPU meanwhile launches the kernels of the next phase.")
+
+
+# ---- what a step should cost -------------------------------------------------------
 
 def value_at(nested, path):
     """value_at({"a": {"b": 1}}, "a.b") -> 1"""
@@ -55,8 +179,16 @@ def as_bpb(bits_per_byte):
     return f"{bits_per_byte:.3f} bpb"
 
 
-def as_gflop(operations):
-    return f"{operations / 1e9:,.1f} GFLOP"
+def as_flop(operations):
+    """Operations in readable units: as_flop(18_253_611_008) -> '18.3 GFLOP'."""
+    n = operations / 1e6
+    unit = "MFLOP"
+    for larger in ("GFLOP", "TFLOP"):
+        if n < 999.5:
+            break
+        n /= 1000
+        unit = larger
+    return f"{n:.3g} {unit}"
 
 
 def ledgers(report, predicted):
@@ -64,52 +196,79 @@ def ledgers(report, predicted):
 
     predicted {method: lab.predict.predict(...)}.
     """
-    measured = report["methods"]
+    measured = {method: report["methods"][method] for method in METHODS}
     rows = [("one step", "full: predicted", "measured", "LoRA: predicted", "measured")]
     for kind in ("weights", "gradients", "optimizer", "activations"):
         cells = [f"memory: {kind}"]
         for method in METHODS:
-            memory, _ = predicted[method]
-            cells += [size(memory[kind]), size(measured[method]["memory"][kind])]
+            in_step = measured[method]["memory"][kind]
+            cells += [size(predicted[method]["memory"][kind]), size(in_step)]
         rows.append(cells)
-    operations = {method: predicted[method][1] for method in METHODS}
-    for part in operations["full"]:
-        if any(operations[method][part] for method in METHODS):
-            rows.append(operation_row(part, operations, measured))
-    rows.append(backward_row(operations, measured))
-    return f"{aligned(rows)}\n\n{speed_sentence(operations, report)}"
+    rows += time_rows(predicted, measured)
+    return f"{aligned(rows)}\n\n{wrapped(speed_sentence(report, predicted))}"
 
 
-def operation_row(part, operations, measured):
-    """A row of the operations of one part. Only the forward pass is also measured."""
-    cells = [part]
-    for method in METHODS:
-        forward = as_ms(measured[method]["time"]["forward_ms"])
-        cells += [as_gflop(operations[method][part]), forward if part == "forward" else ""]
-    return cells
+# What the parts of lab.predict.predict_operations() are called, below their phase.
+PARTS = {
+    "forward, thin products": "thin products with A and B",
+    "backward, inputs": "gradients of the inputs",
+    "backward, weights": "gradients of the weights",
+    "backward, thin products": "thin products with A and B",
+    "backward, forward again": "the forward pass again",
+}
 
 
-def backward_row(operations, measured):
-    """A row of everything but the forward pass."""
-    cells = ["backward, all of it"]
-    for method in METHODS:
-        backward = sum(operations[method].values()) - operations[method]["forward"]
-        cells += [as_gflop(backward), as_ms(measured[method]["time"]["backward_ms"])]
-    return cells
+def time_rows(predicted, measured):
+    """The rows of the phases, in operations and milliseconds, and of their parts."""
+    rows = []
+
+    def row(label, operations, phase=None):
+        """A row of operations(prediction) and, if the phase is measured, its time."""
+        cells = [label]
+        for method in METHODS:
+            count, time = operations(predicted[method]), measured[method]["time"]
+            cells.append("" if count is None else as_flop(count))
+            cells.append("" if phase is None else as_ms(time[f"{phase}_ms"]))
+        rows.append(cells)
+
+    for phase in ("forward", "backward"):
+        row(f"time: {phase}", partial(operations_of, phase), phase)
+        for part, name in PARTS.items():
+            counts = [predicted[method]["operations"][part] for method in METHODS]
+            if part.startswith(phase) and any(counts):
+                row(f"  of it, {name}", partial(operations_of, part))
+    if any(predicted[method]["ahead"] for method in METHODS):
+        row("  of that, done ahead by the loss", operations_ahead, "ahead")
+    row("time: optimizer", no_count, "optimizer")
+    if not all_add_up(measured):
+        of_full, of_lora = differences(measured)
+        rows.append([DIFFERENCE, "", of_full, "", of_lora])
+    row("time: a whole step", partial(operations_of, ""), "step")
+    return rows
 
 
-def speed_sentence(operations, report):
-    expected = sum(operations["full"].values()) / sum(operations["lora"].values())
+def operations_of(phase, prediction):
+    """The operations of the parts whose names begin with `phase`."""
+    operations = prediction["operations"]
+    return sum(count for part, count in operations.items() if part.startswith(phase))
+
+
+def operations_ahead(prediction):
+    return prediction["ahead"]
+
+
+def no_count(prediction):
+    """The optimizer's few operations for each parameter are not counted."""
+    return None
+
+
+def speed_sentence(report, predicted):
+    full, lora = (operations_of("", predicted[method]) for method in METHODS)
     return (
-        f"By the count of operations a LoRA step should be {expected:.2f} times as "
-        f"fast as a full step; measured: {speedup(report):.2f} times."
+        f"By the count of operations a LoRA step should be {full / lora:.2f} times as "
+        f"fast as a full step; measured, like for like: "
+        f"{report['like_for_like']['speed']:.2f} times."
     )
-
-
-def speedup(report):
-    """How many times faster a LoRA step is than a full one."""
-    full, lora = (report["methods"][method]["time"]["step_ms"] for method in METHODS)
-    return full / lora
 
 
 def findings(report, curves):
@@ -136,8 +295,9 @@ def memory_finding(report):
     full, lora = (report["methods"][method]["memory"] for method in METHODS)
     saved = full["gradients"] + full["optimizer"] - lora["gradients"] - lora["optimizer"]
     return (
-        f"Memory: a full step peaks at {full['peak'] / lora['peak']:.2f} times the "
-        f"memory of a LoRA step. LoRA saves {size(max(saved, 0))} of gradients and "
+        "Memory: like for like, a full step peaks at "
+        f"{report['like_for_like']['memory']:.2f} times the memory of a LoRA step"
+        f"{by_default(report, 'memory')}. LoRA saves {size(max(saved, 0))} of gradients and "
         "optimizer state. Both methods need the activations, which are "
         f"{lora['activations'] / lora['peak']:.0%} of LoRA's peak here. The larger "
         "the model is compared with the batch, the more the saving counts."
@@ -145,15 +305,24 @@ def memory_finding(report):
 
 
 def speed_finding(report):
-    speed = speedup(report)
+    speed = report["like_for_like"]["speed"]
     outcome = "here it saves more than it pays"
     if speed <= 1:
         outcome = "at this size it pays more than it saves"
     return (
-        f"Speed: a LoRA step is {speed:.2f} times as fast as a full step. It does "
+        f"Speed: like for like, a LoRA step is {speed:.2f} times as fast as a full step"
+        f"{by_default(report, 'speed')}. It does "
         "not compute the gradients of the frozen weights, and computes thin products "
         f"with A and B instead; {outcome}."
     )
+
+
+def by_default(report, key):
+    """The advantage of the defaults in brackets, if it is another one."""
+    default = report["defaults"][key]
+    if default == report["like_for_like"][key]:
+        return ""
+    return f" ({default:.2f} times with the defaults of each)"
 
 
 def disk_finding(report):

@@ -83,14 +83,22 @@ def test_the_story_leaves_a_base_two_tunings_and_a_comparison(story):
         ".lock", "README.md", "adapter_config.json", "adapter_model.safetensors",
         "training.json",
     }
-    for line in ("Pretraining", "Full fine-tuning on pirate", "LoRA on pirate", "full ÷ LoRA",
-                 "after LoRA"):
+    for line in ("Pretraining", "Full fine-tuning on pirate", "LoRA on pirate",
+                 "like for like", "whole command", "after LoRA"):
         assert line in printed
 
 
 def test_comparison_json_has_exactly_the_documented_keys(story):
     report = read(story[0] / "comparison.json")
-    assert report.keys() == {"device", "torch", "config", "base", "methods"}
+    assert report.keys() == {
+        "device", "torch", "config", "base", "methods", "process_peak", "like_for_like",
+        "defaults",
+    }
+    assert report["process_peak"].keys() == {"resident"}
+    assert report["defaults"].keys() == {"speed", "memory"}
+    assert report["like_for_like"].keys() == {
+        "speed", "memory", "loss_chunk", "base_dtype", "lora"
+    }
     assert report["base"].keys() == {"bpb"}
     assert report["methods"].keys() == {"full", "lora"}
     for method in report["methods"].values():
@@ -102,7 +110,9 @@ def test_comparison_json_has_exactly_the_documented_keys(story):
         assert method["memory"].keys() == {
             "weights", "gradients", "optimizer", "activations", "peak"
         }
-        assert method["time"].keys() == {"forward_ms", "backward_ms", "optimizer_ms", "step_ms"}
+        assert method["time"].keys() == {
+            "forward_ms", "backward_ms", "optimizer_ms", "step_ms", "ahead_ms", "captured"
+        }
 
 
 def test_the_comparison_counts_what_arithmetic_says(story):
@@ -123,6 +133,33 @@ def test_the_comparison_counts_what_arithmetic_says(story):
         assert 0 <= counters < 4 * 100
         assert memory["peak"] >= memory["weights"] + memory["optimizer"]
         assert method["style_bpb_after"] < method["style_bpb_before"]
+
+
+def test_the_phases_of_the_comparison_add_up_and_the_command_holds_more_than_a_step(story):
+    report = read(story[0] / "comparison.json")
+    for method in report["methods"].values():
+        times = method["time"]
+        phases = times["forward_ms"] + times["backward_ms"] + times["optimizer_ms"]
+        assert phases == pytest.approx(times["step_ms"], rel=0.05)
+        assert report["process_peak"]["resident"] > method["memory"]["peak"]
+    assert report["like_for_like"]["speed"] == report["defaults"]["speed"]      # on a CPU
+
+
+def test_like_for_like_lora_has_the_loss_and_the_base_of_full_fine_tuning(
+        small_base, tmp_path, capsys):
+    options = {**MINI, "base_dtype": "bfloat16", "steps": 1}
+    report = train.compare(small_base, "noir", tmp_path, **options)
+    full, lora = report["methods"]["full"], report["methods"]["lora"]
+    alike = report["like_for_like"]
+    assert alike["base_dtype"] == "float32"
+    assert alike["lora"]["memory"]["weights"] > full["memory"]["weights"]       # and A and B
+    assert lora["memory"]["weights"] < 0.6 * full["memory"]["weights"]
+    for ratios, costs in ((alike, alike["lora"]), (report["defaults"], lora)):
+        assert ratios["speed"] == full["time"]["step_ms"] / costs["time"]["step_ms"]
+        assert ratios["memory"] == full["memory"]["peak"] / costs["memory"]["peak"]
+    printed = capsys.readouterr().out
+    assert f"like for like     {alike['speed']:.2f} x" in printed
+    assert f"each by default   {report['defaults']['speed']:.2f} x" in printed
 
 
 def test_the_story_again_from_python_reuses_what_is_finished(story, capsys):
