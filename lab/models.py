@@ -13,12 +13,13 @@ from lab.adapters import Adapters
 from lab.chunked_loss import chunked_loss
 from lab.console import WIDTH, say, shell_quoted, side_by_side
 from lab.files import name_of, sha256_of
-from lab.gpt2_files import fingerprint, model_dir, write_model
+from lab.gpt2_files import fingerprint, model_dir, read_model, write_model
+from lab.nf4 import LAYERS, HasNF4Weight, lora_classes
 from lab.parallel import check_equal, from_first, together
 from lab.runs import MAY, open_run, read_record
 from lab.settings import UsageError, default_loss_chunk, pick_device
 from lab.tokenizer_files import load_tokenizer, save_tokenizer
-from lora_minimal import apply_lora, find_targets, known_classes, merge_lora, remove_lora, save_lora
+from lora_minimal import apply_lora, find_targets, merge_lora, remove_lora, save_lora
 
 PROMPT = "The old lighthouse"
 LONGEST_PROMPT = 2**16      # characters that are encoded at a time
@@ -31,8 +32,12 @@ A GPT-2 of {n:,} parameters. Load it with `transformers.GPT2LMHeadModel.from_pre
 """
 
 
-def load_model(base, device, dropout=0.0, dtype="float32"):
+def load_model(base, device, dropout=0.0, dtype="float32", compute_dtype="float32"):
     """Load a base model: a directory, or the name of a GPT-2.
+
+    dtype           of the weights: "float32", "bfloat16", "float16", or "nf4" for the matrices
+                    of the blocks in four bits (lab/nf4.py)
+    compute_dtype   with nf4, the dtype of the embeddings, norms and biases
 
     Returns the model in eval mode on its device, its tokenizer, and the name of the
     text that it was trained on last, or None. Its loss is computed in chunks, so
@@ -40,7 +45,9 @@ def load_model(base, device, dropout=0.0, dtype="float32"):
     do not belong together.
     """
     dir = model_dir(base)
-    model = GPT.from_pretrained(dir, dropout=dropout)
+    nf4 = dtype == "nf4"
+    float_dtype = getattr(torch, compute_dtype if nf4 else dtype)
+    model = read_model(GPT, dir, dropout, device, float_dtype, nf4)
     encoding = load_tokenizer(dir)
     if encoding.n_vocab > model.config.vocab_size:
         raise ValueError(
@@ -49,7 +56,7 @@ def load_model(base, device, dropout=0.0, dtype="float32"):
         )
     model.loss = partial(chunked_loss, chunk=default_loss_chunk(device, head_trains=False))
     trained_on = read_record(dir).get("asked", {}).get("data")
-    return model.to(device, getattr(torch, dtype)).eval(), encoding, trained_on
+    return model.eval(), encoding, trained_on
 
 
 def load_corpus(data, encoding, cache_dir, block_size, refresh=False):
@@ -116,16 +123,24 @@ def check_texts(sources, base_text, cache_dir):
 def add_lora(model, lora):
     """apply_lora(model, **lora). Raises UsageError if it cannot be done."""
     try:
-        for path in find_targets(model, lora["target_modules"], known_classes()):
-            weight = getattr(model.get_submodule(path), "weight", None)
-            if weight is not None and lora["r"] > min(weight.shape):
+        for path in find_targets(model, lora["target_modules"], lora_classes()):
+            shape = shape_of_weight(model.get_submodule(path))
+            if shape is not None and lora["r"] > min(shape):
                 raise ValueError(
                     f"--r {lora['r']} exceeds the smaller side of {path}, "
-                    f"{tuple(weight.shape)}; choose a smaller rank"
+                    f"{shape}; choose a smaller rank"
                 )
-        apply_lora(model, **lora)
+        apply_lora(model, **lora, layers=LAYERS)
     except ValueError as error:
         raise UsageError(error) from error
+
+
+def shape_of_weight(module):
+    """The shape of a module's weight, or None if it has none."""
+    if isinstance(module, HasNF4Weight):
+        return (module.out_features, module.in_features)
+    weight = getattr(module, "weight", None)
+    return None if weight is None else tuple(weight.shape)
 
 
 def save_model(model, encoding, dir):

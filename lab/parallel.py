@@ -188,7 +188,8 @@ class Averaging:
         self.uses_fsdp = world() > 1 and fsdp
         self.bytes_sent = 0
         if self.uses_ddp:
-            self.call = DistributedDataParallel(model)
+            # No step changes a buffer.
+            self.call = DistributedDataParallel(model, broadcast_buffers=False)
             # DDP passes its first argument, self, to the hook.
             self.call.register_comm_hook(self, Averaging.count_and_average)
 

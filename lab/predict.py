@@ -23,6 +23,11 @@ def adapted_layers(model):
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
+def numbers(layer):
+    """How many numbers the weight of a linear layer stands for, in four bits or not."""
+    return layer.in_features * layer.out_features
+
+
 # ---- memory ------------------------------------------------------------------------
 
 def predict_memory(step, x):
@@ -42,7 +47,7 @@ def predict_activations(step, x):
     Each kept tensor counts once, in the bytes of its dtype.
     """
     tokens = x.numel() // step.settings.accumulate
-    product_bytes = 2 if step.settings.dtype == "bfloat16" else 4
+    product_bytes = 4 if step.settings.dtype == "float32" else 2
     residual_bytes = next(step.model.parameters()).element_size()
     sizes = (step.model, step.settings, product_bytes, residual_bytes)
     total = tokens * (bytes_of_blocks(*sizes) + bytes_of_head(*sizes))
@@ -98,7 +103,7 @@ def bytes_of_casts(model, product_bytes):
     """Bytes of autocast's copies of the weights that autograd multiplies by."""
     adapted = adapted_layers(model)
     copied = [layer for layer in linear_layers(model) if layer not in adapted]
-    return product_bytes * sum(m.weight.numel() for m in copied if m is not model.lm_head)
+    return product_bytes * sum(numbers(m) for m in copied if m is not model.lm_head)
 
 
 # ---- operations --------------------------------------------------------------------
@@ -115,7 +120,7 @@ def predict_operations(step, x):
     model, config, tokens = step.model, step.model.config, x.numel()
     linears = linear_layers(model)
     trained = [layer for layer in linears if layer.weight.requires_grad]
-    products = 2 * tokens * sum(layer.weight.numel() for layer in linears)
+    products = 2 * tokens * sum(numbers(layer) for layer in linears)
     # q kᵀ and p v, each over half of the T tokens on average.
     attention = 2 * tokens * config.n_layer * config.n_embd * x.size(1)
     adapted = adapted_layers(model)
@@ -123,7 +128,7 @@ def predict_operations(step, x):
     return {
         "forward": products + attention,
         "backward, inputs": products + 2 * attention,
-        "backward, weights": 2 * tokens * sum(m.weight.numel() for m in trained),
+        "backward, weights": 2 * tokens * sum(numbers(m) for m in trained),
         "thin products": 6 * tokens * thin,
         "forward again": products + attention if step.settings.recompute else 0,
     }
