@@ -256,13 +256,19 @@ def as_list(paths):
 def merge(base, adapter, out, fresh=False):
     """Merge an adapter into its base: write a plain model directory. Returns the record.
 
-    The sum is computed and stored in float32, whatever dtype the base trained in.
+    The sum is computed and stored in float32, whatever dtype the base trained in. An
+    adapter that was tuned on the base in four bits is added to the base's own weights,
+    too, so it meets slightly other weights than it was tuned with.
     """
     if not isinstance(adapter, (str, Path)):
         [adapter] = adapter
     keep_apart(out, base, adapter)
     model, encoding, trained_on = load_model(base, "cpu")
     load_voices(model, base, {"voice": adapter})
+    settings = read_record(adapter).get("asked", {}).get("settings", {})
+    if settings.get("base_dtype") == "nf4":
+        say(f"note: {adapter} was tuned on the base in four bits, and is added to the base's "
+            "own weights; its bits per byte may differ slightly from those in training")
     adapter_files = (Path(adapter, files.ADAPTER), Path(adapter, files.ADAPTER_CONFIG))
     asked = {
         "data": trained_on, "base": fingerprint(base), "adapter": str(adapter),

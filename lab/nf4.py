@@ -21,8 +21,6 @@ forgotten: forward and backward keep no copy of it.
 
 Read it from the top: the levels, a matrix, its bytes, the layers.
 """
-from functools import cache
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -116,21 +114,31 @@ def decode(codes, scales, shape, dtype):
     """
     if dtype.itemsize > 4:
         return decode(codes, scales, shape, torch.float32).to(dtype)
-    table = pairs_of_levels(dtype, codes.device)                    # (256,)
+    table = on_device(pairs_of_levels, codes.device, dtype)         # (256,)
     pairs = table.index_select(0, codes.int())                      # (32 · blocks,)
     W = pairs.view(dtype).view(-1, BLOCK)
     W *= scales.to(dtype)[:, None]
     return W.flatten()[:shape.numel()].view(shape)
 
 
-@cache
-@torch.inference_mode(False)
-def pairs_of_levels(dtype, device):
+def pairs_of_levels(dtype):
     """For each byte the levels of its two codes, as one integer of twice the dtype's size."""
     byte = torch.arange(256)
     pairs = torch.stack([NF4_LEVELS[byte // 16], NF4_LEVELS[byte % 16]], dim=1)
     as_integer = torch.int32 if dtype.itemsize == 2 else torch.int64
-    return pairs.to(dtype).view(as_integer).flatten().to(device)
+    return pairs.to(dtype).view(as_integer).flatten()
+
+
+TABLES = {}
+
+
+def on_device(make, device, *arguments):
+    """make(*arguments) on a device: made and copied there once, since a copy waits for it."""
+    key = (make, device, *arguments)
+    if key not in TABLES:
+        with torch.inference_mode(False):
+            TABLES[key] = make(*arguments).to(device)
+    return TABLES[key]
 
 
 def encode_scales(scales):
@@ -148,14 +156,9 @@ def encode_scales(scales):
 
 def decode_scales(mean, largest, codes):
     """The inverse of encode_scales(), but for rounding: (256 · groups,) float32."""
-    levels = levels_of_scales(codes.device).index_select(0, codes.flatten().int())
-    return torch.addcmul(mean, levels.view(-1, GROUP), largest[:, None]).flatten()
-
-
-@cache
-@torch.inference_mode(False)
-def levels_of_scales(device):
-    return SCALE_LEVELS.to(device)
+    levels = on_device(scale_levels, codes.device)
+    levels = levels.index_select(0, codes.flatten().int()).view(-1, GROUP)
+    return torch.addcmul(mean, levels, largest[:, None]).flatten()
 
 
 # ---- its bytes ---------------------------------------------------------------------

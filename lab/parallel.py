@@ -188,8 +188,7 @@ class Averaging:
         self.uses_fsdp = world() > 1 and fsdp
         self.bytes_sent = 0
         if self.uses_ddp:
-            # No step changes a buffer.
-            self.call = DistributedDataParallel(model, broadcast_buffers=False)
+            self.call = DistributedDataParallel(model)
             # DDP passes its first argument, self, to the hook.
             self.call.register_comm_hook(self, Averaging.count_and_average)
 

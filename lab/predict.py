@@ -5,6 +5,7 @@ Letters: B windows of T tokens, C channels (n_embd), V vocabulary entries, r ran
 """
 from torch import nn
 
+from lab.nf4 import HasNF4Weight
 from lora_minimal import LoRALinear
 
 
@@ -31,14 +32,40 @@ def numbers(layer):
 # ---- memory ------------------------------------------------------------------------
 
 def predict_memory(step, x):
-    """{"weights", "gradients", "optimizer", "activations": bytes} of a step on x (B, T)."""
+    """{"weights", "gradients", "optimizer", "activations": bytes} of a step on x (B, T).
+
+    With a base in four bits also "transient", the largest weights dequantized at a time.
+    """
     trained = sum(p.nbytes for p in step.trained.values())
-    return {
+    predicted = {
         "weights": sum(p.nbytes for p in step.model.parameters()),
         "gradients": trained,
         "optimizer": 2 * trained,           # AdamW's two running means
         "activations": predict_activations(step, x),
     }
+    transient = bytes_of_dequantized(step)
+    if transient:
+        predicted["transient"] = transient
+    return predicted
+
+
+def bytes_of_dequantized(step):
+    """Bytes for a moment of a step, in a model whose weights are in four bits; else 0.
+
+    A weight is dequantized for each product. While that is done, there is also a 32-bit
+    index for each two numbers. With recomputing, the weights of a block stay until its
+    backward pass is done.
+    """
+    product_bytes = 4 if step.settings.dtype == "float32" else 2
+    index_bytes = 2             # half of a 32-bit index
+    layers = [m for m in step.model.modules() if isinstance(m, HasNF4Weight)]
+    if not layers:
+        return 0
+    largest = max(map(numbers, layers))
+    held = largest
+    if step.settings.recompute:
+        held = sum(map(numbers, layers)) // step.model.config.n_layer
+    return product_bytes * held + index_bytes * largest
 
 
 def predict_activations(step, x):
