@@ -1,16 +1,19 @@
 """
 A base in four bits beside one in float32 and bfloat16: what it costs and what it saves.
 
-    python bench/nf4.py steps --shape gpt2-xl --recompute --out bench/results/nf4/xl-recompute.json
-    python bench/nf4.py command --shape gpt2-xl --work /tmp/nf4 --out bench/results/nf4/command.json
-    python bench/nf4.py quality --work out/nf4 --minutes 8 --out bench/results/nf4/quality.json
+    python bench/nf4.py steps --shape gpt2-xl --recompute
+    python bench/nf4.py command --shape gpt2-xl --recompute
+    python bench/nf4.py quality --minutes 8
 
-steps      one training step of LoRA for each base, and of full fine-tuning: its time, all in
-           turn, round after round, and its peak memory
-command    the whole command `train.py tune`, from reading the base to writing the adapter,
-           each in a process of its own: the peak memory of the GPU and of the host
-quality    bits per byte of held-out text after tuning, for each base, text and seed. Finished
-           runs are kept in --work: after --minutes it stops, and the same command continues
+steps      one training step of LoRA for each base, and of full fine-tuning: its time, all
+           in turn, round after round, and its peak memory
+command    the whole command `train.py tune`, from reading the base to writing the
+           adapter, in a process of its own: the peak memory of the GPU and of the host
+quality    bits per byte of held-out text after tuning, for each base, text and seed.
+           Finished runs are kept in --work: after --minutes it stops, and the same
+           command continues
+
+Each writes its results into --out, by convention bench/results/nf4/<machine>-<what>.json.
 
 With --mini everything is so small that a CPU needs seconds. bench/nf4_table.py makes the
 tables of docs/four_bits.md.
@@ -130,13 +133,12 @@ def measure_commands(args):
     rows = []
     for base in args.bases:
         argv = [
-            "tune", "--base", base_dir, "--data", "pirate", "--out", args.work / f"tuned-{base}",
+            "tune", "--base", base_dir, "--data", args.text, "--out", args.work / f"tuned-{base}",
             "--base-dtype", base, "--batch-size", batch_size,
             "--block-size", block_size, "--steps", args.steps, "--eval-every", args.steps,
             "--device", args.device, "--fresh",
         ]
-        if base == "float16":
-            argv += ["--dtype", "float16"]
+        argv += ["--dtype", "float16" if base == "float16" else args.dtype]
         if args.recompute:
             argv.append("--recompute")
         rows.append({"base": base, **in_own_process(list(map(str, argv)))})
@@ -148,7 +150,7 @@ def write_random_base(args, dir):
     torch.manual_seed(0)
     with torch.device(args.device):
         model = GPT(GPTConfig.preset(args.shape))
-    text = read_text("pirate", HELDOUT, dir)
+    text = read_text(args.text, HELDOUT, dir)
     save_model(model, train_bpe(text.all_train), dir)
 
 
@@ -333,7 +335,8 @@ def parse_args(argv):
     add("--repeat", type=int, default=1, help="steps of one kind in a round; default: 1")
     add("--steps", type=int, default=20, help="of command; default: 20")
     add("--shapes", nargs="+", choices=RECIPE_OF, default=["tiny", "small"], help="of quality")
-    add("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
+    add("--text", default="pirate", help="of command; default: pirate")
+    add("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="of quality")
     add("--seeds", type=int, default=3)
     add("--minutes", type=float, default=60, help="after this quality starts no other run")
     add("--work", type=Path, default=Path("out", "nf4"), help="for bases and runs")
@@ -354,7 +357,8 @@ def default_bases(part):
 
 def main(argv=None):
     args = parse_args(argv)
-    args.work.mkdir(parents=True, exist_ok=True)
+    if args.part != "steps":
+        args.work.mkdir(parents=True, exist_ok=True)
     measure, show = PARTS[args.part]
     rows = measure(args)
     print(f"{args.part}, on {device_name(args.device)}, torch {torch.__version__}")

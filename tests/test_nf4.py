@@ -1,12 +1,21 @@
 """A frozen weight in four bits: beside bitsandbytes, and beside the float weight it stands for."""
 import copy
+import importlib.util
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 from helpers_lora import TARGETS, fill_lora, train_steps, transformers_gpt2
 from torch import nn
 
-from conftest import make_gpt
+import train
+from conftest import make_gpt, run
+from data import Corpus
+from data.bpe import train_bpe
 from lab.adapters import Adapters
 from lab.gpt2_files import read_model
 from lab.measure import LiveBytes, bytes_of, measure_memory
@@ -27,7 +36,9 @@ from lab.nf4 import (
     quantize_linears,
 )
 from lab.predict import predict_memory
-from lab.settings import Settings
+from lab.runs import MUST
+from lab.settings import Settings, UsageError
+from lab.tokenizer_files import save_tokenizer
 from lora_minimal import (
     LoRALinear,
     apply_lora,
@@ -395,3 +406,175 @@ def test_the_ledger_predicts_what_four_bits_save_in_the_peak(recompute):
     saved = plain["weights"] - nf4["weights"] - nf4["transient"]
     in_peak = measured[1]["peak"] - measured[0]["peak"]
     assert in_peak == pytest.approx(saved, rel=0.1)
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+MINI = dict(steps=4, batch_size=2, block_size=16, eval_every=2, device="cpu")
+STORIES = [f"The {word} went out to sea.\n" * 8 for word in ("man", "fox", "ship", "old", "sun")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "sea.txt"
+    path.write_text("<|endoftext|>\n".join(STORIES), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    dir = tmp_path_factory.mktemp("nf4") / "base"
+    make_gpt(std=0.05, vocab_size=300, block_size=16).save_pretrained(dir)
+    save_tokenizer(train_bpe("\n".join(STORIES), 300), dir)
+    return dir
+
+
+def bpb_of(record):
+    return [point["bpb"] for point in record["curve"]]
+
+
+def test_tune_and_recomputing_give_the_same_curve_near_that_of_the_float_base(base, text, tmp_path):
+    curves = []
+    for name, flags in {
+        "float": {},
+        "nf4": {"base_dtype": "nf4"},
+        "again": {"base_dtype": "nf4", "recompute": True},
+    }.items():
+        record = train.tune(base, text, tmp_path / name, **MINI, **flags)
+        curves.append(bpb_of(record))
+    assert curves[1] == curves[2]
+    assert curves[0] != curves[1]
+    assert curves[0] == pytest.approx(curves[1], rel=0.01)
+
+
+def test_an_interrupted_run_continues_on_the_same_curve(base, text, tmp_path, monkeypatch):
+    options = dict(**MINI, base_dtype="nf4")
+    whole = train.tune(base, text, tmp_path / "whole", **options)
+    after_step = train.Progress.after_step
+
+    def interrupted(progress, n, loss):
+        after_step(progress, n, loss)
+        if n == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Progress, "after_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.tune(base, text, tmp_path / "resumed", **options)
+    resumed = train.tune(base, text, tmp_path / "resumed", resume=MUST, **options)
+    assert bpb_of(resumed) == bpb_of(whole)
+
+
+@pytest.mark.parametrize("command", ["compare", "voices"])
+def test_longer_commands_tune_on_four_bits(base, text, tmp_path, capsys, command):
+    flags = ["--data", text, "--base-data", text, "--steps", "2", "--batch-size", "2"]
+    flags += ["--block-size", "16", "--device", "cpu"]
+    code, _, error = run(
+        capsys, command, "--base", base, "--out", tmp_path, "--base-dtype", "nf4", *flags
+    )
+    assert code == 0, error
+    for dir, stored in {"lora": "nf4", "sea": "nf4", "full": "float32"}.items():
+        path = tmp_path / dir / "training.json"
+        if path.exists():
+            settings = json.loads(path.read_text())["asked"]["settings"]
+            assert settings["base_dtype"] == stored
+    if command == "compare":
+        report = json.loads((tmp_path / "comparison.json").read_text())
+        full, lora = report["methods"]["full"], report["methods"]["lora"]
+        assert lora["total_params"] == full["total_params"] + lora["trainable_params"]
+        assert lora["memory"]["weights"] < 0.5 * full["memory"]["weights"]
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(method="full", base_dtype="nf4"), "full fine-tuning changes all weights"),
+    (dict(base_dtype="nf4", fsdp=True), "cannot be divided by --fsdp"),
+    (dict(base_dtype="int4"), "expected float32 or bfloat16 or float16 or nf4"),
+    (dict(base_dtype="bfloat16", dtype="float16"), "does not go with"),
+    (dict(base_dtype="float16", dtype="float32"), "does not go with"),
+    (dict(base_dtype="nf4", r=10_000), "exceeds the smaller side"),
+])
+def test_what_does_not_fit_is_refused_and_writes_nothing(base, text, tmp_path, changes, says):
+    with pytest.raises(UsageError, match=says):
+        train.tune(base, text, tmp_path / "out", cache_dir=tmp_path, **{**MINI, **changes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_folds_into_the_float_weights_and_says_so(base, text, tmp_path, capsys):
+    train.tune(base, text, tmp_path / "mine", **MINI, base_dtype="nf4")
+    flags = ["--base", base, "--adapter", tmp_path / "mine", "--out", tmp_path / "merged"]
+    code, printed, error = run(capsys, "merge", *flags)
+    assert code == 0, error
+    assert "tuned on the base in four bits" in printed
+    merged = read_model(train.GPT, tmp_path / "merged")
+    expected = read_model(train.GPT, base)
+    load_lora(expected, tmp_path / "mine")
+    merge_lora(expected)
+    path = "transformer.h.1.mlp.c_proj"
+    weight = merged.get_submodule(path).weight
+    assert torch.equal(weight, expected.get_submodule(path).weight)
+
+
+def test_a_base_too_large_for_float16_is_refused(tmp_path):
+    model = make_gpt()
+    model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = 1e5
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="too large for torch.float16"):
+        read_model(type(model), tmp_path, dtype=torch.float16)
+
+
+# ---- the bench -----------------------------------------------------------------------------------
+
+BENCH = Path(train.__file__).parent / "bench"
+
+
+def bench(name):
+    """A module of bench/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_bench_measures_steps_and_the_whole_command(text, tmp_path, monkeypatch):
+    nf4 = bench("nf4")
+    monkeypatch.setitem(nf4.SHAPES, "tiny", (2, 16))
+    common = ["--shape", "tiny", "--device", "cpu"]
+    nf4.main(["steps", *common, "--rounds", "2", "--out", str(tmp_path / "steps.json")])
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    weights = {row["base"]: row["weight_bytes"] for row in rows}
+    assert weights["nf4"] < weights["bfloat16"] < weights["float32"]
+    assert all(row["step_ms"] > 0 and row["peak_bytes"] > row["weight_bytes"] for row in rows)
+
+    out = str(tmp_path / "command.json")
+    own = ["--bases", "nf4", "--steps", "2", "--text", str(text), "--work", str(tmp_path)]
+    nf4.main(["command", *common, *own, "--out", out])
+    [row] = json.loads((tmp_path / "command.json").read_text())["rows"]
+    assert row["argv"][:2] == ["tune", "--base"]
+    assert row["gpu_allocated_bytes"] is None
+    assert row["host_bytes"] is None or row["host_bytes"] > 1e7
+
+
+def test_the_bench_of_quality_continues_and_pairs_its_runs(tmp_path, monkeypatch):
+    windows = Corpus.heldout_windows
+
+    def first_windows(corpus, block_size, at_once):
+        return itertools.islice(windows(corpus, block_size, at_once), 2)
+
+    monkeypatch.setattr(Corpus, "heldout_windows", first_windows)       # the others take long
+    nf4 = bench("nf4")
+    argv = [
+        "quality", "--mini", "--device", "cpu", "--shapes", "tiny", "--texts", "noir", "--seeds",
+        "1", "--work", str(tmp_path), "--bases", "bfloat16", "nf4",
+        "--out", str(tmp_path / "quality.json"),
+    ]
+    nf4.main([*argv, "--minutes", "0"])
+    assert json.loads((tmp_path / "quality.json").read_text())["rows"] == []
+    nf4.main(argv)
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert [row["base"] for row in rows] == ["bfloat16", "nf4"]
+    before = [path.stat().st_mtime_ns for path in tmp_path.glob("*/training.json")]
+    nf4.main(argv)
+    assert before == [path.stat().st_mtime_ns for path in tmp_path.glob("*/training.json")]
+    bf16, four_bits = nf4.summaries(rows)
+    assert bf16["ratio"] == 1
+    assert four_bits["ratio"] == pytest.approx(rows[1]["bpb"] / rows[0]["bpb"])
