@@ -16,6 +16,7 @@ from lab.files import name_of, without_password
 from lab.gpt2_files import model_dir, weight_files
 from lab.measure import measure
 from lab.models import as_list, continue_text, load_model
+from lab.nf4 import LAYERS
 from lab.parallel import from_first
 from lab.plot import plot_comparison
 from lab.predict import predict
@@ -63,12 +64,11 @@ def costs_of(records, base, device, corpus, make_step):
         settings[LORA_ALIKE] = alike
         loras[LORA_ALIKE] = loras["lora"]
     steps = {}
-    for name in settings:
-        dropout, base_dtype = settings[name].dropout, settings[name].base_dtype
-        model, _, _ = load_model(base, device, dropout, base_dtype)
+    for name, own in settings.items():
+        model, _, _ = load_model(base, device, own.dropout, own.base_dtype, own.dtype)
         if loras[name] is not None:
-            apply_lora(model, **loras[name])
-        steps[name] = make_step(model.train(), settings[name])
+            apply_lora(model, **loras[name], layers=LAYERS)
+        steps[name] = make_step(model.train(), own)
     return measure_costs(steps, corpus)
 
 

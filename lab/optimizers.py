@@ -26,9 +26,9 @@ def make_optimizers(trained, settings, capturable):
         {"params": decaying, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    device = next(iter(trained.values())).device
     lr, muon_lr = settings.lr, settings.muon_lr
     if capturable:
+        device = next(iter(trained.values())).device
         lr = torch.tensor(lr, device=device)
         muon_lr = torch.tensor(muon_lr, device=device)
     adamw = torch.optim.AdamW(

@@ -6,6 +6,7 @@ A report is the content of comparison.json or voices.json.
 from functools import partial
 
 from lab.console import aligned, bulleted, say, size, wrapped
+from lab.nf4 import parameter_count
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA"}
 
@@ -425,7 +426,7 @@ def say_model(model, settings):
 
 def say_trained(model, settings):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = parameter_count(model)
     say(f"     {trained:,} of {total:,} parameters train; {describe_steps(settings)}, learning "
         f"rate {settings.lr:.2g}")
 
