@@ -14,7 +14,18 @@ Train a small GPT, then tune it to a style: fully, and with LoRA. The commands:
 `python train.py COMMAND --help` lists the flags. Each command is also a function:
 from Python, call pretrain("tales", "out/base", steps=300). (sample and merge are in
 lab/models.py.) Pretraining, full fine-tuning and LoRA are the same loop, train();
-they differ in which parameters train.
+they differ in which parameters train. Without what surrounds it, the loop is
+
+    for n in range(steps):
+        x, y = batches[n]
+        logits, loss = model(x, y)                                  # forward
+        loss.backward()                                             # backward
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)     # update
+        optimizer.step()
+        optimizer.zero_grad()
+
+Step, below, does the last five lines: also in parts of a batch, in several processes,
+and captured in a CUDA graph.
 
 The held-out text is measured in bits per byte (bpb): how many bits the model needs,
 on average, to encode one byte of text that it was not trained on. Lower is better,
@@ -31,67 +42,17 @@ import torch
 from data import HELDOUT, Batches, read_text, tokenize
 from data.bpe import train_bpe
 from gpt import GPT, PRESETS, GPTConfig, plain_loss
-from lab import cli
+from lab import cli, comparison, console, files, models, parallel, report
 from lab.capture import captured
 from lab.chunked_loss import chunked_loss
-from lab.comparison import (
-    comparison_report,
-    costs_of,
-    load_tuned,
-    name_voices,
-    print_comparison,
-    print_samples,
-    print_voices,
-    quality,
-    sample_each,
-    score_voices,
-    voices_report,
-    write_comparison,
-    write_voices,
-)
-from lab.console import WIDTH, device_name, headline, say, shell_quoted, side_by_side
-from lab.files import (
-    COMPARISON,
-    COMPARISON_PICTURE,
-    DOWNLOADS,
-    TOKENS,
-    VOICES,
-    name_of,
-    without_password,
-)
+from lab.console import headline, say
 from lab.gpt2_files import fingerprint
 from lab.loss_scale import LossScale
 from lab.measure import process_peak
-from lab.models import (
-    PROMPT,
-    add_lora,
-    check_texts,
-    continue_text,
-    keep_apart,
-    load_corpus,
-    load_model,
-    load_voices,
-    merge,
-    sample,
-    sample_line,
-    save_adapter,
-    save_model,
-    text_of_base,
-)
+from lab.models import PROMPT
 from lab.optimizers import make_optimizers, scale_learning_rates, step_unless
-from lab.parallel import (
-    Averaging,
-    check_equal,
-    from_first,
-    leave,
-    seed_of_step,
-    shard,
-    share_of,
-    together,
-    world,
-)
+from lab.parallel import from_first, together
 from lab.progress import Progress
-from lab.report import METHODS, describe, say_model, say_point, say_text, say_trained
 from lab.runs import MAY, NEVER, open_run, refuse_foreign_model
 from lab.settings import UsageError, fit_to_base, pick_device, recipe, settings_for, settings_of
 from lora_minimal import lora_parameters
@@ -100,6 +61,36 @@ TARGETS = ("c_attn", "c_proj", "c_fc")      # all linear layers of a block
 
 
 # ---- training ----------------------------------------------------------------------
+
+def train(model, corpus, settings, dir, resume=False, watch=None, save_every=0):
+    """Train every parameter with requires_grad, and keep the best weights.
+
+    Checkpoints go to `dir` every save_every steps (0: never), and `resume` continues
+    from one. Returns the curve, a list of {"step", "seconds" of training, "loss" in
+    nats per token, "bpb", "skipped" steps until then}; `watch` is called with each of
+    its points. Raises lab.progress.Stopped after Ctrl-C, and ArithmeticError if the
+    gradients of several steps in a row are not finite.
+    """
+    step = Step(model, settings)
+    take_step = captured(step)              # as a CUDA graph if possible, else step itself
+    batches = Batches(corpus.train, settings.batch_size, settings.block_size, settings.seed)
+    measure_bpb = partial(evaluate_as_trained, model, corpus, settings)
+    model.train()
+    with Progress(step, corpus.name, dir, measure_bpb, watch, save_every) as progress:
+        if resume:
+            progress.resume()
+        for n in range(progress.start, settings.steps):
+            progress.before_step(n)         # evaluate, save or stop, if it is time
+            # Dropout differs in every step and process.
+            torch.manual_seed(parallel.seed_of_step(settings.seed, n))
+            x, y = parallel.share_of(batches[n])        # the rows of this process: usually all
+            step.set_learning_rate(n)
+            loss = take_step(x.to(step.device), y.to(step.device))
+            progress.after_step(n, loss)
+        progress.finish()                   # evaluate, and restore the best weights
+    model.eval()
+    return progress.curve
+
 
 class Step:
     """One training step: step(x, y) runs forward, backward and update, and returns the loss.
@@ -117,11 +108,12 @@ class Step:
         # On one GPU, averaging.call is the model, and the rest of it does nothing.
         # With several, it averages their gradients (lab/parallel.py).
         trained = list(self.trained.values())
-        self.averaging = Averaging(callable_model, trained, settings.fsdp)
+        self.averaging = parallel.Averaging(callable_model, trained, settings.fsdp)
         self.can_be_captured = can_be_captured(settings, self.device)
         self.optimizers = make_optimizers(self.trained, settings, self.can_be_captured)
         self.loss_scale = LossScale(settings.dtype == "float16", self.device)
-        self.skipped = torch.zeros((), device=self.device)              # steps: see update()
+        # Counted on the device, so that no step waits for the number: see update().
+        self.skipped = torch.zeros((), device=self.device)
         self.skipped_in_a_row = torch.zeros((), device=self.device)
 
     def __call__(self, x, y):
@@ -195,7 +187,7 @@ def can_be_captured(settings, device):
     """Whether a step can be a CUDA graph: see lab/capture.py."""
     if device.type != "cuda" or not settings.graph:
         return False
-    return world() == 1         # several processes exchange gradients
+    return parallel.world() == 1        # DDP's hook counts bytes in Python
 
 
 def autocast(model, dtype):
@@ -233,43 +225,11 @@ def evaluate(model, corpus, block_size, dtype="float32", at_once=None):
 def evaluate_as_trained(model, corpus, settings):
     """evaluate() with no more windows at once than in a micro-batch of the training.
 
-    The loss is that of the model, chunked if it is so in training: evaluation needs no
-    more memory than a step.
+    The loss is chunked if training's is, so evaluation needs no more memory than a step.
     """
-    rows = settings.batch_size // settings.accumulate // world()
+    rows = settings.batch_size // settings.accumulate // parallel.world()
     at_once = max(1, min(rows, 4096 // settings.block_size))
     return evaluate(model, corpus, settings.block_size, settings.dtype, at_once)
-
-
-def train(model, corpus, settings, dir, resume=False, watch=None, save_every=0):
-    """Train the parameters of a model that require a gradient, and keep the best weights.
-
-    Checkpoints go to `dir` every save_every steps (0: never), and `resume` continues
-    from one. Returns the curve, a list of {"step", "seconds" of training, "loss" in
-    nats per token, "bpb", "skipped" steps until then}; `watch` is called with each of
-    its points. Raises lab.progress.Stopped after Ctrl-C, and ArithmeticError if the
-    gradients of several steps in a row are not finite.
-    """
-    step = Step(model, settings)
-    take_step = captured(step)              # as a CUDA graph if possible, else step itself
-    batches = Batches(corpus.train, settings.batch_size, settings.block_size, settings.seed)
-    measure_bpb = partial(evaluate_as_trained, model, corpus, settings)
-    model.train()
-    with Progress(step, corpus.name, dir, measure_bpb, watch, save_every) as progress:
-        if resume:
-            progress.resume()
-        for n in range(progress.start, settings.steps):
-            progress.before_step(n)         # evaluate, save or stop, if it is time
-            # Each process has dropout and rows of its own; a single process has all
-            # rows.
-            torch.manual_seed(seed_of_step(settings.seed, n))
-            x, y = share_of(batches[n])
-            step.set_learning_rate(n)
-            loss = take_step(x.to(step.device), y.to(step.device))
-            progress.after_step(n, loss)
-        progress.finish()                   # evaluate, and restore the best weights
-    model.eval()
-    return progress.curve
 
 
 # ---- the commands ------------------------------------------------------------------
@@ -279,14 +239,14 @@ def train(model, corpus, settings, dir, resume=False, watch=None, save_every=0):
 
 def pretrain(data, out, preset=None, prompt=PROMPT, device=None, resume=NEVER, fresh=False,
              save_every=200, cache_dir=None, **chosen):
-    """Train a tokenizer and a GPT from scratch on a text, into the directory `out`.
+    """Train a tokenizer and a GPT from scratch on a text, and save them in `out`.
 
     data        a built-in text (tales, pirate, bard, noir), a UTF-8 file or a URL
     preset      the shape, a key of gpt.PRESETS; by default what suits the device
     resume      what to do about an interrupted run in `out`: lab.runs.MUST, MAY or NEVER
     fresh       start over, replacing the run in `out`
     cache_dir   for token files and downloads; by default `out`
-    chosen      fields of lab.settings.Settings, in the place of the values of the recipe
+    chosen      fields of lab.settings.Settings, which override the recipe's
 
     Returns the record written to training.json: {"asked", "curve", "finished"}.
     Raises UsageError for an invalid setting, ValueError if the text cannot be used or
@@ -300,33 +260,34 @@ def pretrain(data, out, preset=None, prompt=PROMPT, device=None, resume=NEVER, f
     preset = preset or recipe(device)["preset"]
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
-    text = together(read_text, data, HELDOUT, Path(cache_dir, DOWNLOADS), refresh=fresh)
+    text = together(read_text, data, HELDOUT, Path(cache_dir, files.DOWNLOADS), refresh=fresh)
     encoding = train_bpe(text.all_train[:2**24])        # 16M characters are enough
-    corpus = tokenize(text, encoding, Path(cache_dir, TOKENS), settings.block_size)
-    check_equal(corpus.digest, "texts")
-    say_text(text, corpus, encoding)
+    corpus = tokenize(text, encoding, Path(cache_dir, files.TOKENS), settings.block_size)
+    parallel.check_equal(corpus.digest, "texts")
+    report.say_text(text, corpus, encoding)
     config = GPTConfig.preset(
         preset, vocab_size=encoding.n_vocab, block_size=settings.block_size,
         dropout=settings.dropout,
     )
-    # What is asked for is saved in training.json: later calls must ask for the same.
+    # This is saved in training.json. A later call for the same directory must ask for
+    # the same.
     asked = {
-        "data": without_password(str(data)), "corpus": corpus.digest, "shape": asdict(config),
-        "settings": asdict(settings),
+        "data": files.without_password(str(data)), "corpus": corpus.digest,
+        "shape": asdict(config), "settings": asdict(settings),
     }
     with open_run(out, asked, resume, fresh) as run:
         if run.record is not None:          # the same run has finished before: reuse it
             return run.record
         torch.manual_seed(settings.seed)
         model = GPT(config).to(device)
-        say_model(model, settings)
+        report.say_model(model, settings)
 
         def watch(point):
-            line = describe(point) + "  " + sample_line(model, encoding, prompt)
-            say(line[:WIDTH])
+            sampled = models.sample_line(model, encoding, prompt)
+            say(f"{report.describe(point)}  {sampled}"[:console.WIDTH])
 
         curve = train(model, corpus, settings, out, run.resuming, watch, save_every)
-        from_first(save_model, model, encoding, out)
+        from_first(models.save_model, model, encoding, out)
         return run.finish(curve)
 
 
@@ -340,7 +301,7 @@ def tune(base, data, out, method="lora", r=8, alpha=16.0, target_modules=TARGETS
 
     The other arguments, what is returned and what is raised are those of pretrain().
     """
-    keep_apart(out, base)
+    models.keep_apart(out, base)
     device = pick_device(device)
     cache_dir = cache_dir or out
     if not fresh:
@@ -350,34 +311,34 @@ def tune(base, data, out, method="lora", r=8, alpha=16.0, target_modules=TARGETS
         raise UsageError("--fsdp divides a frozen base; it needs --method lora")
     where = "cpu" if settings.fsdp else device          # shard() moves it to the GPUs
     model, encoding, _ = together(
-        load_model, base, where, settings.dropout, settings.base_dtype, settings.dtype
+        models.load_model, base, where, settings.dropout, settings.base_dtype, settings.dtype
     )
     settings = fit_to_base(settings, model.config, device, chosen)
-    corpus = together(load_corpus, data, encoding, cache_dir, settings.block_size, fresh)
-    check_equal(corpus.digest, "texts")
-    check_equal(fingerprint(base), "base models")
+    corpus = together(models.load_corpus, data, encoding, cache_dir, settings.block_size, fresh)
+    parallel.check_equal(corpus.digest, "texts")
+    parallel.check_equal(fingerprint(base), "base models")
     torch.manual_seed(settings.seed)
     lora = None
     if method == "lora":
         if isinstance(target_modules, tuple):
             target_modules = list(target_modules)       # JSON has no tuples
         lora = {"r": r, "alpha": alpha, "target_modules": target_modules}
-        add_lora(model, lora)
+        models.add_lora(model, lora)
     asked = {
-        "data": without_password(str(data)), "corpus": corpus.digest,
+        "data": files.without_password(str(data)), "corpus": corpus.digest,
         "base": fingerprint(base), "lora": lora, "settings": asdict(settings),
     }
     with open_run(out, asked, resume, fresh) as run:
         if run.record is not None:
             return run.record
-        say_trained(model, settings)
+        report.say_trained(model, settings)
         if settings.fsdp:
-            shard(model, lora_parameters(model), device)
-        curve = train(model, corpus, settings, out, run.resuming, say_point, save_every)
+            parallel.shard(model, lora_parameters(model), device)
+        curve = train(model, corpus, settings, out, run.resuming, report.say_point, save_every)
         if lora is None:
-            from_first(save_model, model, encoding, out)
+            from_first(models.save_model, model, encoding, out)
         else:
-            from_first(save_adapter, model, out, base)
+            from_first(models.save_adapter, model, out, base)
         return run.finish(curve)
 
 
@@ -393,24 +354,24 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
     Returns the report written to comparison.json.
     """
     device = pick_device(device)
-    base_text = text_of_base(base, base_data, out)
+    base_text = models.text_of_base(base, base_data, out)
     records = tune_both_ways(base, data, out, device, options)
 
     headline("The comparison (measuring memory and time, both methods in turn ...)")
     settings = settings_of(records["lora"])
-    base_model, encoding, _ = load_model(base, device)
+    base_model, encoding, _ = models.load_model(base, device)
     corpora = {
-        "style": load_corpus(data, encoding, out, settings.block_size),
-        "base": load_corpus(base_text, encoding, out, settings.block_size),
+        "style": models.load_corpus(data, encoding, out, settings.block_size),
+        "base": models.load_corpus(base_text, encoding, out, settings.block_size),
     }
 
     def bpb(model, text):
         return evaluate_as_trained(model, corpora[text], settings)
 
-    tuned = load_tuned(base, out, device)
-    qualities = quality(base_model, tuned, records, out, bpb)
+    tuned = comparison.load_tuned(base, out, device)
+    qualities = comparison.quality(base_model, tuned, records, out, bpb)
     base_bpb = bpb(base_model, "base")
-    samples = sample_each({
+    samples = comparison.sample_each({
         "the base model": base_model,
         "after full fine-tuning": tuned["full"],
         "after LoRA": tuned["lora"],
@@ -418,27 +379,30 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
     peak = process_peak(device)             # before the steps that are measured come on top
     config = base_model.config
     del base_model, tuned                   # they make room for those steps
-    costs, predicted = costs_of(records, base, device, corpora["style"], Step)
-    report = comparison_report(config, base_bpb, records, costs, qualities, peak, device)
-    style, base_name = name_of(data), name_of(base_text)
-    write_comparison(report, records, style, out)
-    print_comparison(report, predicted, records, style, base_name)
+    costs, predicted = comparison.costs_of(records, base, device, corpora["style"], Step)
+    result = comparison.comparison_report(
+        config, base_bpb, records, costs, qualities, peak, device
+    )
+    style, base_name = files.name_of(data), files.name_of(base_text)
+    comparison.write_comparison(result, records, style, out)
+    comparison.print_comparison(result, predicted, records, style, base_name)
 
     headline("One prompt, three models")
-    print_samples(samples)
-    say(f"Written: {Path(out, COMPARISON)} and {Path(out, COMPARISON_PICTURE)}. Now try:\n"
-        f'  python train.py sample --base {shell_quoted(base)} --adapter '
-        f'{shell_quoted(Path(out, "lora"))} --prompt "Once"')
-    return report
+    comparison.print_samples(samples)
+    picture = Path(out, files.COMPARISON_PICTURE)
+    say(f"Written: {Path(out, files.COMPARISON)} and {picture}. Now try:\n"
+        f'  python train.py sample --base {console.shell_quoted(base)} --adapter '
+        f'{console.shell_quoted(Path(out, "lora"))} --prompt "Once"')
+    return result
 
 
 def tune_both_ways(base, data, out, device, options):
     """Full fine-tuning into out/full, and LoRA into out/lora: {method: record}."""
     options = {**options, "device": device, "cache_dir": out, "resume": MAY}
     records = {}
-    for method, name in METHODS.items():
+    for method, name in report.METHODS.items():
         title = name[0].upper() + name[1:]          # capitalize() would write "Lora"
-        headline(f"{title} on {name_of(data)}")
+        headline(f"{title} on {files.name_of(data)}")
         if method == "full":
             own = {**options, "base_dtype": None}   # it has no frozen base
         else:
@@ -458,17 +422,17 @@ def voices(data=("pirate", "bard", "noir"), out="out", base=None, base_data=None
 
     Returns the report written to voices.json: {"bytes", "bpb": {model: {text: bits per byte}}}.
     """
-    sources = name_voices(data)
+    sources = comparison.name_voices(data)
     device = pick_device(device)
     if base is None:
-        together(check_texts, sources, base_data or "tales", out)
+        together(models.check_texts, sources, base_data or "tales", out)
         base = pretrain_base(out, preset, prompt, device, **options)
-        base_text = text_of_base(base, base_data, out)
+        base_text = models.text_of_base(base, base_data, out)
     else:
         if preset is not None:
             raise UsageError("--preset is the shape of a new base; leave it out beside --base")
-        base_text = text_of_base(base, base_data, out)
-        together(check_texts, sources, base_text, out)
+        base_text = models.text_of_base(base, base_data, out)
+        together(models.check_texts, sources, base_text, out)
     lora = {"r": r, "alpha": alpha, "target_modules": target_modules}
     options = {**options, **lora, "device": device, "cache_dir": out, "resume": MAY}
     records = {}
@@ -477,29 +441,30 @@ def voices(data=("pirate", "bard", "noir"), out="out", base=None, base_data=None
         records[voice] = tune(base, source, Path(out, voice), **options)
 
     headline("One base, many voices")
-    model, encoding, _ = load_model(base, device)
+    model, encoding, _ = models.load_model(base, device)
     settings = settings_of(next(iter(records.values())))
     corpora = {}
-    for name, source in ({name_of(base_text): base_text} | sources).items():
-        corpora[name] = load_corpus(source, encoding, out, settings.block_size)
+    for name, source in ({files.name_of(base_text): base_text} | sources).items():
+        corpora[name] = models.load_corpus(source, encoding, out, settings.block_size)
     dirs = {voice: Path(out, voice) for voice in sources}
-    adapters = load_voices(model, base, dirs)
+    adapters = models.load_voices(model, base, dirs)
 
     def bpb(corpus):
         return evaluate_as_trained(model, corpus, settings)
 
-    report = voices_report(base, dirs, score_voices(adapters, list(dirs), corpora, bpb))
-    write_voices(report, out)
-    print_voices(report)
+    scores = comparison.score_voices(adapters, list(dirs), corpora, bpb)
+    result = comparison.voices_report(base, dirs, scores)
+    comparison.write_voices(result, out)
+    comparison.print_voices(result)
 
     say("One prompt, one batch, and a row for each:\n")
     adapters.use([None, *dirs])
-    rows = continue_text(model, encoding, prompt, 100, seed=0, rows=1 + len(dirs))
-    say(side_by_side(dict(zip(report["bpb"], rows)), WIDTH))
-    flags = " ".join(f"--adapter {shell_quoted(dir)}" for dir in dirs.values())
-    say(f'\nWritten: {Path(out, VOICES)}. Now try:\n'
-        f'  python train.py sample --base {shell_quoted(base)} {flags} --prompt "Once"')
-    return report
+    rows = models.continue_text(model, encoding, prompt, 100, seed=0, rows=1 + len(dirs))
+    say(console.side_by_side(dict(zip(result["bpb"], rows)), console.WIDTH))
+    flags = " ".join(f"--adapter {console.shell_quoted(dir)}" for dir in dirs.values())
+    say(f'\nWritten: {Path(out, files.VOICES)}. Now try:\n'
+        f'  python train.py sample --base {console.shell_quoted(base)} {flags} --prompt "Once"')
+    return result
 
 
 def story(out="out", preset=None, prompt=PROMPT, device=None, r=8, alpha=16.0,
@@ -518,8 +483,8 @@ def story(out="out", preset=None, prompt=PROMPT, device=None, r=8, alpha=16.0,
 
 def pretrain_base(out, preset, prompt, device, **options):
     """Pretrain a base on tales into out/base, or reuse it. Returns its directory."""
-    say(f"LoRA from first principles, on {device_name(device)} with torch {torch.__version__}. "
-        f"Everything is written to {out}.")
+    say(f"LoRA from first principles, on {console.device_name(device)} with torch "
+        f"{torch.__version__}. Everything is written to {out}.")
     headline("Pretraining a GPT from scratch on tales")
     base = Path(out, "base")
     options = {**options, "cache_dir": out, "resume": MAY, "base_dtype": None}
@@ -528,8 +493,8 @@ def pretrain_base(out, preset, prompt, device, **options):
 
 
 COMMANDS = {
-    "pretrain": pretrain, "tune": tune, "compare": compare, "voices": voices, "sample": sample,
-    "merge": merge,
+    "pretrain": pretrain, "tune": tune, "compare": compare, "voices": voices,
+    "sample": models.sample, "merge": models.merge,
 }
 
 
@@ -539,4 +504,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    leave(main())
+    parallel.leave(main())

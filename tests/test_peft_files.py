@@ -298,7 +298,7 @@ def refuse_to_load(dir, model, idx, says):
     for load in (load_lora, load_among_others):
         with pytest.raises((ValueError, FileNotFoundError), match=says):
             load(model, dir)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     assert snapshot(model) == before
     assert torch.equal(model(idx)[0], logits)
 
@@ -408,7 +408,7 @@ def test_a_pattern_that_takes_exponential_time_is_refused_quickly(tmp_path, key,
     start = time.monotonic()
     with pytest.raises(ValueError, match="alpha_pattern cannot be used.*timed out"):
         load_lora(net, tmp_path)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     assert snapshot(net) == before
 
 
@@ -420,7 +420,7 @@ def test_a_pattern_that_takes_exponential_time_elsewhere_is_no_match(tmp_path, k
     net = net_with_a_long_name()
     start = time.monotonic()
     (path,) = load_lora(net, tmp_path)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     layer = net.get_submodule(path)
     assert (layer.r, layer.alpha) == (2, 3)
 

@@ -236,7 +236,7 @@ def test_after_a_stop_of_a_fresh_run_the_advice_can_be_followed(
         patch.setattr(Step, "set_learning_rate", signal_at(signal.SIGINT, Step.set_learning_rate))
         run(capsys, *tune(home, tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_corpus", press_ctrl_c)
+        patch.setattr(train.models, "load_corpus", press_ctrl_c)
         code, _, error = run(capsys, *tune(home, tmp_path, "--fresh", "--lr", "0.001"))
     assert code == 130
     assert "--resume" not in error, "the checkpoint that is there is that of another run"
@@ -254,7 +254,7 @@ def press_ctrl_c(*args, **options):
 
 def test_after_a_stop_of_a_fresh_comparison_the_advice_leaves_out_fresh(
         home, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "costs_of", press_ctrl_c)
+    monkeypatch.setattr(train.comparison, "costs_of", press_ctrl_c)
     code, _, error = run(
         capsys, "compare", "--base", home / "base", "--data", home / "other.txt", "--out",
         tmp_path, *TINY, "--fresh",
