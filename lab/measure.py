@@ -276,7 +276,8 @@ def measure_time(steps, x, y, rounds=10, warmup=WARMUP + 1):
     for name, step in steps.items():
         phases = typical(samples[name, "phases"])
         loss = statistics.median(samples[name, "loss"])
-        ahead = loss - statistics.median(samples[name, "value of the loss"])
+        value = statistics.median(samples[name, "value of the loss"])
+        ahead = max(0.0, loss - value)      # only noise can make it negative
         whole = sum(phases.values())
         if (name, "step") in samples:
             whole = statistics.median(samples[name, "step"])
