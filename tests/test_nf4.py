@@ -578,3 +578,8 @@ def test_the_bench_of_quality_continues_and_pairs_its_runs(tmp_path, monkeypatch
     bf16, four_bits = nf4.summaries(rows)
     assert bf16["ratio"] == 1
     assert four_bits["ratio"] == pytest.approx(rows[1]["bpb"] / rows[0]["bpb"])
+
+
+def test_the_tables_of_the_page_are_those_that_the_script_makes():
+    table = bench("nf4_table")
+    assert table.main(["--check"]) == 0
