@@ -82,8 +82,8 @@ class Settings:
             )
         if self.base_dtype == "nf4" and self.fsdp:
             raise ValueError(
-                "--base-dtype nf4 cannot be divided by --fsdp; leave out --fsdp: in four "
-                "bits the whole base is as small as a quarter of it in bfloat16"
+                "--base-dtype nf4 cannot be divided by --fsdp; leave out --fsdp: four bits "
+                "take a quarter of the memory of bfloat16 in each process"
             )
 
     def check_range(self, name, least, below=sys.float_info.max):

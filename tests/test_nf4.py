@@ -213,6 +213,25 @@ def test_loss_and_gradients_are_those_of_a_float_base_with_these_values(
     assert not kept, "no weight is kept after the backward pass"
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputing_dequantizes_no_weight_a_third_time(idx, recompute, monkeypatch):
+    shapes = []
+
+    def counted(packed, shape, dtype):
+        shapes.append(shape)
+        return dequantize(packed, shape, dtype)
+
+    monkeypatch.setattr("lab.nf4.dequantize", counted)
+    nf4, _ = pair()
+    shapes.clear()
+    nf4.recompute = recompute
+    loss_and_gradients(nf4.train(), idx)
+    layers = 2 * 4
+    first = 1           # nothing before the first layer needs a gradient
+    # Checkpointing ends the second forward pass when it has all that it needs.
+    assert 2 * layers - first <= len(shapes) <= 2 * layers
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_and_in_16_bits_it_is_near_the_float_result(idx, dtype):
     nf4, plain = pair()
@@ -578,3 +597,8 @@ def test_the_bench_of_quality_continues_and_pairs_its_runs(tmp_path, monkeypatch
     bf16, four_bits = nf4.summaries(rows)
     assert bf16["ratio"] == 1
     assert four_bits["ratio"] == pytest.approx(rows[1]["bpb"] / rows[0]["bpb"])
+
+
+def test_the_tables_of_the_page_are_those_that_the_script_makes():
+    table = bench("nf4_table")
+    assert table.main(["--check"]) == 0

@@ -1,0 +1,160 @@
+"""
+The tables of docs/four_bits.md: predicted by arithmetic, and measured by bench/nf4.py.
+
+    python bench/nf4_table.py               write them into the page, between the two markers
+    python bench/nf4_table.py --check       only compare: exit code 1 if the page has others
+"""
+import argparse
+import difflib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from gpt import GPT, GPTConfig
+from lab.console import size
+from lab.nf4 import LAYERS, quantize_linears
+from lab.predict import predict_memory
+from lab.settings import Settings
+from lora_minimal import apply_lora
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "four_bits.md"
+RESULTS = ROOT / "bench" / "results" / "nf4"
+BEGIN = "<!-- made by bench/nf4_table.py -->\n"
+END = "<!-- end of what bench/nf4_table.py made -->"
+PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+CHUNK = 2**25           # logits that the loss computes at once on CUDA
+
+
+def tables():
+    """All tables as Markdown."""
+    parts = [f"**Predicted**, a LoRA step of 1 × 1024 tokens in 16 bits:\n\n{predicted()}"]
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        title = f"**Measured** on {result['device']}, torch {result['torch']}"
+        parts.append(f"{title}: {SHOW[result['part']](result)}")
+    return "\n".join(parts)
+
+
+def markdown(rows):
+    """Rows of cells as a Markdown table; the first row is the header."""
+    first, *others = rows
+    lines = [first, ["---"] * len(first), *others]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+# ---- predicted ---------------------------------------------------------------------
+
+def predicted():
+    """What lab/predict.py says of the presets, for a base in 16 and in four bits."""
+    rows = [["model", "16 bits", "four bits", "recomputed: 16 bits", "four bits"]]
+    for preset in PRESETS:
+        cells = [f"`{preset}`"]
+        for recompute in (False, True):
+            for nf4 in (False, True):
+                cells.append(size(sum(prediction(preset, nf4, recompute).values())))
+        rows.append(cells)
+    return markdown(rows)
+
+
+def prediction(preset, nf4, recompute):
+    """{kind: bytes} of a step, from a model on the meta device, which needs no memory."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(preset))
+    model.bfloat16()
+    if nf4:
+        quantize_linears(model)
+    apply_lora(model, r=8, layers=LAYERS)
+    settings = Settings(
+        steps=1, batch_size=1, block_size=1024, lr=1e-4, dtype="bfloat16", loss_chunk=CHUNK,
+        recompute=recompute,
+    )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    step = SimpleNamespace(model=model, settings=settings, trained=trained)
+    return predict_memory(step, torch.empty(1, 1024, device="meta"))
+
+
+# ---- measured ----------------------------------------------------------------------
+
+def show_steps(result):
+    batch, block = result["batch"]
+    how = "recomputed, " if result["recompute"] else ""
+    how += "captured" if result["captured"] else "eager"
+    rows = [["base", "step", "÷ bfloat16", "peak of a step", "weights"]]
+    by_base = {row["base"]: row for row in result["rows"]}
+    for row in result["rows"]:
+        ratio = "-"
+        if "bfloat16" in by_base:
+            ratio = f"{row['step_ms'] / by_base['bfloat16']['step_ms']:.2f}"
+        rows.append([
+            name_of_base(row["base"]), f"{row['step_ms']:.1f} ms", ratio,
+            size(row["peak_bytes"]), size(row["weight_bytes"]),
+        ])
+    return f"a step of `{result['shape']}`, {batch} × {block}, {how}\n\n{markdown(rows)}"
+
+
+def show_command(result):
+    batch, block = result["batch"]
+    how = ", recomputed" if result["recompute"] else ""
+    rows = [["base", "GPU: tensors", "GPU: reserved by torch", "host"]]
+    for row in result["rows"]:
+        kinds = ("gpu_allocated_bytes", "gpu_reserved_bytes", "host_bytes")
+        cells = ["-" if row[kind] is None else size(row[kind]) for kind in kinds]
+        rows.append([name_of_base(row["base"]), *cells])
+    title = f"peaks of the whole command `tune`, `{result['shape']}`, {batch} × {block}{how}"
+    return f"{title}\n\n{markdown(rows)}"
+
+
+def show_quality(result):
+    rows = [["model, base", "runs", "held out", "÷ bfloat16", "adapter on the float base"]]
+    for summary in bench().summaries(result["rows"]):
+        ratio = summary["ratio"]
+        rows.append([
+            f"`{summary['shape']}`, {name_of_base(summary['base'])}", str(summary["runs"]),
+            f"{summary['bpb']:.4f} bpb", "-" if ratio is None else f"{ratio:.4f}",
+            f"{summary['bpb_on_float_base']:.4f} bpb",
+        ])
+    texts = sorted({row["text"] for row in result["rows"]})
+    return f"bits per byte after tuning, mean over {', '.join(texts)} and seeds\n\n{markdown(rows)}"
+
+
+SHOW = {"steps": show_steps, "command": show_command, "quality": show_quality}
+
+
+def name_of_base(base):
+    return "full fine-tuning" if base == "full" else f"LoRA, {base} base"
+
+
+def bench():
+    """bench/nf4.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("bench_nf4", ROOT / "bench" / "nf4.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args(argv)
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    old, after = rest.split(END)
+    new = tables()
+    if args.check:
+        lines = (old.splitlines(keepends=True), new.splitlines(keepends=True))
+        sys.stdout.writelines(difflib.unified_diff(*lines, "four_bits.md", "bench/results/nf4"))
+        return 0 if new == old else 1
+    PAGE.write_text(before + BEGIN + new + END + after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
