@@ -1,19 +1,14 @@
 """
-The README's table of measurements, made from bench/results/*.json.
+What bench/peers.py measured, from bench/results/*.json, as a table in Markdown.
 
-    python bench/table.py               write it into README.md, between the two markers
-    python bench/table.py --check       only compare: exit code 1 if README.md has another table
+    python bench/table.py
+
+docs/write.py puts it into docs/measurements.md.
 """
-import argparse
-import difflib
 import json
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-BEGIN = "<!-- made by bench/table.py -->\n"
-END = "<!-- end of what bench/table.py made -->"
 
 # {shape: what the table says about it}, in the order of the table
 SHAPES = {
@@ -100,25 +95,5 @@ def cells(found):
     return texts
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare with README.md instead of writing it"
-    )
-    args = parser.parse_args()
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    old, after = rest.split(END)
-    new = table()
-    if args.check:
-        if new != old:
-            lines = (old.splitlines(keepends=True), new.splitlines(keepends=True))
-            sys.stdout.writelines(difflib.unified_diff(*lines, "README.md", "bench/results"))
-            sys.exit(1)
-        return
-    README.write_text(before + BEGIN + new + END + after, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    print(table(), end="")

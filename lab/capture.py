@@ -8,7 +8,9 @@ launch.
 """
 import torch
 
-WARMUP = 3      # eager steps before the capture: the allocator and cuBLAS must settle
+# Eager steps before the capture. They create what must not be recorded: the state of the
+# optimizers, which every replay would set back to zero, and cuBLAS's workspaces.
+WARMUP = 3
 
 
 def captured(step):
@@ -30,7 +32,7 @@ class CapturedStep:
         self.x = self.y = self.loss = None      # the tensors that the graph reads and writes
 
     def __call__(self, x, y):
-        """x, y (B, T) -> the loss (). Raises ValueError if the shape differs from the first."""
+        """x, y (B, T) -> the loss (). Raises ValueError if the shape is not the captured one."""
         self.calls += 1
         if self.calls <= WARMUP:
             return self.step(x, y)
@@ -44,7 +46,7 @@ class CapturedStep:
         self.x.copy_(x)
         self.y.copy_(y)
         self.graph.replay()
-        return self.loss.clone()
+        return self.loss.clone()            # the next replay overwrites self.loss
 
     def capture(self, x, y):
         """Record the kernels of one step. Nothing is computed yet."""

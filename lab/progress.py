@@ -1,5 +1,5 @@
 """
-Beside the training loop: evaluation, the best weights, checkpoints, stopping.
+What surrounds the training loop: evaluation, the best weights, checkpoints, stopping.
 """
 import math
 import signal
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from lab import parallel
 from lab.checkpoints import read_checkpoint, write_checkpoint
 from lab.console import say, size
+from lab.measure import clock as time_when_done
 from lab.nf4 import parameter_count
 
 PATIENCE = 5        # skipped steps in a row after which training gives up
@@ -28,7 +29,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Progress:
-    """`with Progress(...) as progress:` the companion of a training loop.
+    """`with Progress(...) as progress:` evaluates, saves and stops a training loop.
 
     step        a train.Step: its trained weights and optimizers go into checkpoints
     measure     a function that returns the bits per byte of the held-out text
@@ -47,8 +48,7 @@ class Progress:
         self.curve = []
         self.best = {}                          # {name: the best weights so far}
         self.loss = None                        # of the last step, on the device
-        self.seconds = 0.0                      # of training, until `started`
-        self.started = time.perf_counter()
+        self.clock = Clock(step.device)         # of training alone
 
     def __enter__(self):
         self.stack = ExitStack()
@@ -62,12 +62,13 @@ class Progress:
         return self
 
     def __exit__(self, kind, *exception):
+        """Stop now if a signal came since the last step."""
         try:
             if kind is None:
                 self.stop_if_asked(self.settings.steps)
         finally:
             self.stack.close()
-        if kind is None and self.signals:       # a signal that came just now
+        if kind is None and self.signals:       # one came after the last look: do not go on
             raise KeyboardInterrupt
 
     def resume(self):
@@ -75,13 +76,13 @@ class Progress:
         step = self.step
         about, self.best = read_checkpoint(self.dir, step.trained, step.optimizers)
         self.start = about["step"]
-        self.seconds = about["seconds"]
+        self.clock.seconds = about["seconds"]
         self.curve = about["curve"]
         self.step.skipped += about["skipped"]
         if "loss_scale" in about:           # older checkpoints have none
             self.step.loss_scale.load(about["loss_scale"])
         self.bar.update(self.start)
-        self.started = time.perf_counter()
+        self.clock.start()
 
     def before_step(self, n):
         """Evaluate, save or stop, whichever is due before step n.
@@ -98,6 +99,8 @@ class Progress:
 
     def stop_if_asked(self, n):
         """Raises Stopped if there was a signal, after saving a checkpoint."""
+        if parallel.world() > 1 and not self.may_wait(n):
+            return                          # to ask the other processes would take time
         if parallel.any_of(bool(self.signals), self.step.device):
             self.save(n)
             raise Stopped(
@@ -110,11 +113,11 @@ class Progress:
         is_due = n % self.settings.eval_every == 0 or n == self.settings.steps
         if not is_due or any(point["step"] == n for point in self.curve):
             return
-        loss = None if self.loss is None else self.loss.item()      # waits for the device
-        self.pause()
+        self.clock.stop()
+        loss = None if self.loss is None else self.loss.item()
         skipped = int(self.step.skipped.item())
-        point = {"step": n, "seconds": self.seconds, "loss": loss, "bpb": self.measure(),
-                 "skipped": skipped}
+        point = {"step": n, "seconds": self.clock.seconds, "loss": loss,
+                 "bpb": self.measure(), "skipped": skipped}
         self.curve.append(point)
         if len(self.curve) == 1 and not math.isfinite(point["bpb"]):
             raise ArithmeticError(
@@ -126,28 +129,28 @@ class Progress:
                 self.best[name] = p.detach().to("cpu", copy=True)
         if self.watch is not None:
             self.watch(point)
-        self.started = time.perf_counter()
-
-    def pause(self):
-        """Stop the clock of the training."""
-        self.seconds += time.perf_counter() - self.started
+        self.clock.start()
 
     def save(self, n):
         """Write a checkpoint from which training can continue with step n."""
-        self.pause()
+        self.clock.stop()
         if parallel.is_first():
             step = self.step
             about = {
-                "step": n, "seconds": self.seconds, "curve": self.curve,
+                "step": n, "seconds": self.clock.seconds, "curve": self.curve,
                 "skipped": int(step.skipped.item()), "loss_scale": step.loss_scale.state(),
             }
             write_checkpoint(self.dir, about, step.trained, self.best, step.optimizers)
-        self.started = time.perf_counter()
+        self.clock.start()
+
+    def may_wait(self, n):
+        """Whether the CPU may wait for the device before step n: on a GPU not every time."""
+        return self.step.device.type == "cpu" or n % 10 == 0 or n == self.settings.steps
 
     def give_up_if_stuck(self, n):
         """Raises ArithmeticError if several steps in a row were skipped."""
-        if self.step.device.type != "cpu" and n % 10 != 0:
-            return                          # reading the count would stop the device
+        if not self.may_wait(n):
+            return
         in_a_row = int(self.step.skipped_in_a_row.item())
         if in_a_row >= PATIENCE:
             self.save(n)
@@ -164,10 +167,10 @@ class Progress:
         self.loss = loss
         self.bar.update()
         if n % 10 == 9 and not self.bar.disable:
-            steps = n + 1 - self.start
-            tokens = steps * self.settings.batch_size * self.settings.block_size
-            rate = tokens / self.bar.format_dict["elapsed"]
-            self.bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s")
+            loss = loss.item()              # waits for the device, so that the clock is right
+            tokens = (n + 1) * self.settings.batch_size * self.settings.block_size
+            rate = tokens / self.clock.now()
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
 
     @torch.no_grad()
     def finish(self):
@@ -183,7 +186,7 @@ class Progress:
 
     def say_what_was_sent(self):
         """Print the bytes of gradients that each process sent in a step."""
-        everything = 4 * parameter_count(self.step.model)
+        everything = 4 * parameter_count(self.step.model)       # gradients are float32
         for name, p in self.step.model.named_parameters():
             if ".lora_" in name:
                 everything -= 4 * p.numel()
@@ -191,6 +194,25 @@ class Progress:
         say(f"     each of {parallel.world()} processes sent {size(sent)} of gradients in a "
             "step; in full fine-tuning the gradients of the whole model are "
             f"{size(everything)}")
+
+
+class Clock:
+    """Counts seconds while it runs. It stops when the device has finished its work."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = 0.0
+        self.start()
+
+    def start(self):
+        self.started = time.perf_counter()
+
+    def stop(self):
+        self.seconds += time_when_done(self.device) - self.started
+
+    def now(self):
+        """The seconds so far, while it runs."""
+        return self.seconds + time.perf_counter() - self.started
 
 
 def best_of(curve):
@@ -201,8 +223,7 @@ def best_of(curve):
 
 @contextmanager
 def signals_noted():
-    """The signals only append to the list that this yields, so that a step always
-    finishes.
+    """Collects signals in the list that it yields, so that a step always finishes.
 
     A second signal stops at once. Signals that the process ignores, as under nohup, stay
     ignored.
@@ -212,7 +233,8 @@ def signals_noted():
 
     def note(number, frame):
         noted.append(number)
-        signal.signal(number, old[number])
+        for other, handler in old.items():
+            signal.signal(other, handler)
 
     for number in STOP_SIGNALS:
         if signal.getsignal(number) == signal.SIG_IGN:
