@@ -403,16 +403,14 @@ def tune_both_ways(base, data, out, device, options):
     for method, name in report.METHODS.items():
         title = name[0].upper() + name[1:]          # capitalize() would write "Lora"
         headline(f"{title} on {files.name_of(data)}")
-        own = without_nf4(options) if method == "full" else options
+        own = without_base_dtype(options) if method == "full" else options
         records[method] = tune(base, data, Path(out, method), method, **own)
     return records
 
 
-def without_nf4(options):
-    """The options for a training that changes all weights, so that none can have four bits."""
-    if options.get("base_dtype") == "nf4":
-        return {**options, "base_dtype": None}
-    return options
+def without_base_dtype(options):
+    """The options for a training that changes all weights: it has no frozen base."""
+    return {**options, "base_dtype": None}
 
 
 def voices(data=("pirate", "bard", "noir"), out="out", base=None, base_data=None, preset=None,
@@ -491,7 +489,7 @@ def pretrain_base(out, preset, prompt, device, **options):
         f"{torch.__version__}. Everything is written to {out}.")
     headline("Pretraining a GPT from scratch on tales")
     base = Path(out, "base")
-    options = {**without_nf4(options), "cache_dir": out, "resume": MAY}
+    options = {**without_base_dtype(options), "cache_dir": out, "resume": MAY}
     pretrain("tales", base, preset, prompt, device, **options)
     return base
 

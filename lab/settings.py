@@ -34,7 +34,7 @@ class Settings:
     muon_lr: float = setting("peak learning rate of Muon; 0: AdamW trains everything", 0.0)
     weight_decay: float = setting("weight decay", 0.1)
     dropout: float = setting("dropout probability while training", 0.0)
-    warmup: float = setting("share of the steps before the peak learning rate", 0.05)
+    warmup: float = setting("share of the steps in which the learning rate rises", 0.05)
     grad_clip: float = setting("clip the gradient norm to this; 0: no clipping", 1.0)
     eval_every: int = setting("steps between evaluations on the held-out text", 50)
     seed: int = setting("random seed for initialization, batch order and dropout", 1337)
@@ -64,7 +64,7 @@ class Settings:
         if tokens > 2**24:
             raise ValueError(
                 f"--batch-size {self.batch_size} times --block-size "
-                f"{self.block_size} are {tokens:,} tokens in a step; expected at "
+                f"{self.block_size} make {tokens:,} tokens in a step; expected at "
                 "most 2^24"
             )
 
@@ -129,8 +129,8 @@ def check_type(f, value):
         raise ValueError(f"{flag(f.name)} is {value!r}; expected it to be {kind}")
 
 
-# What a kind of device trains in minutes, and how. The values were found by sweeps
-# over the rates.
+# For each kind of device, a model and settings that train in minutes. The learning rates
+# were found by sweeps.
 RECIPES = {
     "cpu": {
         "preset": "tiny",
@@ -159,7 +159,7 @@ RECIPES = {
 
 
 def recipe(device):
-    """{"preset": a shape's name, "pretrain", "full", "lora": settings} for a device."""
+    """The recipe for a device: "preset" names a shape; the others are dicts of settings."""
     return RECIPES["cpu" if torch.device(device).type == "cpu" else "gpu"]
 
 
@@ -184,14 +184,10 @@ def settings_for(kind, device, **changes):
         # With a float32 base the compiler fuses the folding of W + s B A: a compiled
         # step takes 15.0 ms instead of 16.9 (124M parameters, H200).
         values["base_dtype"] = dtype
-    values |= changes
     if kind != "lora":
-        if changes.get("base_dtype") == "nf4":
-            raise UsageError(
-                "--base-dtype nf4 keeps a frozen base in four bits, so it needs --method "
-                "lora; full fine-tuning changes all weights"
-            )
         values["base_dtype"] = "float32"    # 16 bits would lose small updates
+        check_no_frozen_base(changes.get("base_dtype"))
+    values |= changes
     try:
         settings = Settings(**values)
         settings.check_processes()
@@ -200,12 +196,21 @@ def settings_for(kind, device, **changes):
     return settings
 
 
+def check_no_frozen_base(base_dtype):
+    """Raises UsageError if weights that all train shall be stored in less than float32."""
+    if base_dtype not in (None, "float32"):
+        raise UsageError(
+            f"--base-dtype {base_dtype} is how a frozen base is stored, so it needs --method "
+            "lora; what trains all weights keeps them in float32"
+        )
+
+
 def fit_to_base(settings, config, device, chosen):
     """Adapt block_size and lr to the base, unless they were chosen. Returns Settings.
 
     A base wider than that of the recipe gets a smaller learning rate, in proportion
     to its width: a heuristic after μP (Yang et al. 2022, arXiv 2203.03466), which
-    derives 1 / width for the hidden matrices of a model.
+    derives 1 / width for the hidden matrices of a model that Adam trains from scratch.
     """
     if settings.block_size > config.block_size:
         if chosen.get("block_size") is not None:
@@ -216,8 +221,8 @@ def fit_to_base(settings, config, device, chosen):
         settings = replace(settings, block_size=config.block_size)
     if chosen.get("lr") is None:
         width_of_recipe = GPTConfig.preset(recipe(device)["preset"]).n_embd
-        narrow = min(1.0, width_of_recipe / config.n_embd)
-        settings = replace(settings, lr=settings.lr * narrow)
+        width_ratio = min(1.0, width_of_recipe / config.n_embd)
+        settings = replace(settings, lr=settings.lr * width_ratio)
     return settings
 
 
@@ -251,9 +256,9 @@ def default_loss_chunk(device, head_trains):
 
     Small chunks fit in a CPU's cache and save GPU memory: a LoRA step of 8 × 1024
     tokens with 124M parameters on an H200 took 19.9, 19.0, 18.8 ms and 3.0, 3.3, 3.7
-    GB with 2^24, 2^25, 2^26. A head that trains adds up its gradient chunk by chunk,
-    which costs one pass over the head each: full fine-tuning took 29.3 ms with 2^24,
-    and 25.7 with 2^26 or with all logits at once.
+    GB with 2^24, 2^25, 2^26. If the head trains, each chunk reads and writes the head's
+    whole gradient: full fine-tuning took 29.3 ms with 2^24, and 25.7 with 2^26 or with
+    all logits at once.
     """
     device_type = torch.device(device).type
     if device_type == "cpu":

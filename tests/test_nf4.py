@@ -505,7 +505,7 @@ def test_longer_commands_tune_on_four_bits(base, text, tmp_path, capsys, command
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(method="full", base_dtype="nf4"), "full fine-tuning changes all weights"),
+    (dict(method="full", base_dtype="nf4"), "what trains all weights keeps them in float32"),
     (dict(base_dtype="nf4", fsdp=True), "cannot be divided by --fsdp"),
     (dict(base_dtype="int4"), "expected float32 or bfloat16 or float16 or nf4"),
     (dict(base_dtype="bfloat16", dtype="float16"), "does not go with"),
