@@ -55,22 +55,28 @@ def predicted():
     """What lab/predict.py says of the presets, for a base in 16 and in four bits."""
     rows = [["model", "16 bits", "four bits", "recomputed: 16 bits", "four bits"]]
     for preset in PRESETS:
+        models = [adapted_model(preset, nf4) for nf4 in (False, True)]
         cells = [f"`{preset}`"]
         for recompute in (False, True):
-            for nf4 in (False, True):
-                cells.append(size(sum(prediction(preset, nf4, recompute).values())))
+            for model in models:
+                cells.append(size(sum(prediction(model, recompute).values())))
         rows.append(cells)
     return markdown(rows)
 
 
-def prediction(preset, nf4, recompute):
-    """{kind: bytes} of a step, from a model on the meta device, which needs no memory."""
+def adapted_model(preset, nf4):
+    """A model with LoRA on the meta device, where it needs no memory."""
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(preset))
     model.bfloat16()
     if nf4:
         quantize_linears(model)
     apply_lora(model, r=8, layers=LAYERS)
+    return model
+
+
+def prediction(model, recompute):
+    """{kind: bytes} of a training step."""
     settings = Settings(
         steps=1, batch_size=1, block_size=1024, lr=1e-4, dtype="bfloat16", loss_chunk=CHUNK,
         recompute=recompute,

@@ -214,21 +214,29 @@ def fill(dir, name, p, stored):
     if not tensor.is_floating_point():
         raise ValueError(f"{dir}: {name} is {tensor.dtype}; expected a float type")
     tensor = tensor.to(p.device)
-    if not tensor.isfinite().all():
+    if tensor.element_size() < 2:           # torch does not compute with 8-bit floats
+        tensor = tensor.float()
+    if not all_finite(tensor):
         raise ValueError(
             f"{dir}: {name} contains NaN or infinity; the file is damaged, or its "
             "training diverged"
         )
     tensor = tensor.t() if is_transposed(name) else tensor
-    if p.is_floating_point():
-        p.copy_(tensor)
-    else:
+    if not p.is_floating_point():           # the bytes of an NF4Linear
         p.copy_(quantize(tensor))
-    if p.is_floating_point() and not p.isfinite().all():
+        return
+    p.copy_(tensor)
+    if not all_finite(p):
         raise ValueError(
             f"{dir}: {name} has numbers too large for {p.dtype}; choose another "
             "--base-dtype"
         )
+
+
+def all_finite(tensor):
+    """Whether a tensor has no NaN or infinity. isfinite() would need a copy of it."""
+    least, most = tensor.aminmax()          # NaN if there is one
+    return bool(least.isfinite() & most.isfinite())
 
 
 def read_config(path, dropout=None):

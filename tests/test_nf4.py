@@ -17,6 +17,7 @@ from conftest import make_gpt, run
 from data import Corpus
 from data.bpe import train_bpe
 from lab.adapters import Adapters
+from lab.capture import captured
 from lab.gpt2_files import read_model
 from lab.measure import LiveBytes, bytes_of, measure_memory
 from lab.nf4 import (
@@ -53,7 +54,11 @@ from lora_minimal import (
 )
 from train import Step
 
-bnb = pytest.importorskip("bitsandbytes.functional", reason="no bitsandbytes on this machine")
+
+@pytest.fixture
+def bnb():
+    """The oracle, which has no wheel for some machines."""
+    return pytest.importorskip("bitsandbytes.functional")
 
 
 def normal(*shape, seed=0):
@@ -87,13 +92,13 @@ each_weight = pytest.mark.parametrize("W", WEIGHTS.values(), ids=WEIGHTS.keys())
 
 # ---- beside bitsandbytes -------------------------------------------------------------------------
 
-def test_the_levels_are_those_of_bitsandbytes():
+def test_the_levels_are_those_of_bitsandbytes(bnb):
     assert torch.equal(NF4_LEVELS, bnb.get_4bit_type("nf4", device="cpu"))
     assert torch.equal(SCALE_LEVELS, bnb.create_dynamic_map())
 
 
 @each_weight
-def test_codes_scales_and_values_are_those_of_bitsandbytes(W):
+def test_codes_scales_and_values_are_those_of_bitsandbytes(bnb, W):
     codes, scales = encode(W)
     theirs, state = bnb.quantize_4bit(W.flatten(), blocksize=64, quant_type="nf4")
     assert torch.equal(codes[:len(theirs)], theirs.flatten()), "we fill up the last block"
@@ -107,7 +112,7 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(W):
 
 
 @pytest.mark.parametrize("name", [name for name in WEIGHTS if name != "huge"])
-def test_double_quantization_is_within_one_level_of_bitsandbytes(name):
+def test_double_quantization_is_within_one_level_of_bitsandbytes(bnb, name):
     W = WEIGHTS[name]
     _, scales = encode(W)
     _, state = bnb.quantize_4bit(
@@ -304,6 +309,43 @@ def test_converting_the_model_to_16_bits_leaves_the_bytes(model):
     model.to(torch.bfloat16)
     assert torch.equal(model.get_submodule(path).weight, before)
     assert model.get_submodule(path).bias.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_captured_step_gives_the_losses_of_an_eager_one(dtype, recompute):
+    losses = [losses_on_cuda(dtype, recompute, graph) for graph in (True, False)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]
+
+
+def losses_on_cuda(dtype, recompute, graph):
+    model = make_gpt(std=0.02)
+    quantize_linears(model)
+    model.to("cuda", getattr(torch, dtype))
+    apply_lora(model, layers=LAYERS)
+    step = Step(
+        model.train(),
+        settings(dtype=dtype, base_dtype="nf4", recompute=recompute, graph=graph, lr=1e-2),
+    )
+    for p in step.trained.values():
+        assert p.dtype == torch.float32
+    take_step = captured(step)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(97, (2, 32), generator=generator).cuda()
+    return [take_step(x, x).item() for _ in range(10)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
+@each_weight
+def test_a_gpu_has_the_same_codes_and_values_as_a_cpu(W):
+    codes, scales = encode(W)
+    on_gpu = encode(W.cuda())
+    assert torch.equal(on_gpu[0].cpu(), codes)
+    assert torch.equal(on_gpu[1].cpu(), scales)
+    values = decode(*on_gpu, W.shape, torch.float32)
+    assert torch.equal(values.cpu(), decode(codes, scales, W.shape, torch.float32))
 
 
 # ---- LoRA on it ----------------------------------------------------------------------------------
