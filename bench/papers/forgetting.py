@@ -1,0 +1,143 @@
+"""
+Claims about what a model forgets while it learns.
+"""
+import statistics
+
+from bench.papers.arms import Arm
+from bench.papers.claim import (
+    ABSTRACT,
+    NOT_REPRODUCED,
+    NOTES,
+    PARTLY,
+    REPRODUCED,
+    Claim,
+    Panel,
+    Verdict,
+    bpb,
+    edge_note,
+    is_above,
+    of_all,
+    percent,
+    spread,
+)
+from bench.papers.laboratory import chosen_point
+from bench.papers.rates import FULL
+
+BIDERMAN = "Biderman et al. 2024, LoRA Learns Less and Forgets Less (arXiv 2405.09673)"
+
+
+class LearnsLessForgetsLess(Claim):
+    group = "Forgetting"
+    sentence = "After equal steps, LoRA has learned less and forgotten less."
+    source = f"{BIDERMAN}, abstract"
+    paper = "both"
+    read = ABSTRACT
+    threshold = "both, by more than noise: reproduced; one of them: partly"
+    advice = "If what the base knows matters, LoRA is the gentler way at its usual rate."
+    differs = "What is forgotten is the fit to the text of pretraining, not skills."
+
+    def measure(self, lab):
+        before = lab.before()
+        found = {"before": {"style": before["report"], "base": before["base"]}}
+        for name, arm in (("full", FULL), ("LoRA", Arm())):
+            points = [chosen_point(result) for result in lab.reports(arm)]
+            found[name] = {
+                "style": spread([point["report"] for point in points]),
+                "base": spread([point["base"] for point in points]),
+                "at_edge": lab.sweep(arm).at_edge,
+            }
+        return found
+
+    def judge(self, found):
+        full, lora = found["full"], found["LoRA"]
+        why = (
+            f"the style: LoRA {bpb(lora['style'])}, full {bpb(full['style'])}; the base's text: "
+            f"LoRA {bpb(lora['base'])}, full {bpb(full['base'])}, before "
+            f"{found['before']['base']:.3f}" + edge_note(full, lora)
+        )
+        learns_less = is_above(lora["style"], full["style"])
+        forgets_less = is_above(full["base"], lora["base"])
+        return of_all([learns_less, forgets_less], why)
+
+    def here(self, found):
+        texts = []
+        for text in ("style", "base"):
+            lora, full = found["LoRA"][text]["mean"], found["full"][text]["mean"]
+            texts.append(f"{text} {lora:.3f} against {full:.3f}")
+        return ", ".join(texts)
+
+    def panel(self, found):
+        series = {}
+        for name in ("LoRA", "full"):
+            for text in ("style", "base"):
+                s = found[name][text]
+                series.setdefault(name, []).append((text, s["mean"], s["std"]))
+        return Panel("bpb", series)
+
+
+class ForgetsLessAtEqualLearning(Claim):
+    group = "Forgetting"
+    sentence = "LoRA forgets less than full fine-tuning when both have learned the same."
+    source = f"Shuttleworth et al. 2024, Figure 6; {BIDERMAN}, §4.3"
+    paper = "Shuttleworth: yes; Biderman: in code yes, in math no"
+    read = NOTES
+    threshold = (
+        "where both have learned 90% of what LoRA learns in the end, full has forgotten more, "
+        "by more than noise: reproduced; within noise: partly"
+    )
+    advice = "If full fine-tuning forgets too much, stop earlier or lower its rate first."
+    differs = "The compared points lie on curves of one rate each, with the rate still high."
+
+    part = 0.9
+
+    def measure(self, lab):
+        before = lab.before()
+        curves = {"full": [], "LoRA": []}
+        for name, arm in (("full", FULL), ("LoRA", Arm())):
+            for result in lab.reports(arm):
+                points = [(before["report"], before["base"])]
+                points += [(point["report"], point["base"]) for point in result["points"]]
+                curves[name].append(points)
+        final = statistics.fmean(min(curve)[0] for curve in curves["LoRA"])
+        level = before["report"] - self.part * (before["report"] - final)
+        found = {"before": before["base"], "level": level, "curves": curves}
+        for name, of_seeds in curves.items():
+            found[name] = spread([base_at(curve, level) for curve in of_seeds])
+        return found
+
+    def judge(self, found):
+        full, lora = found["full"], found["LoRA"]
+        why = (
+            f"at {found['level']:.3f} bpb of the style, the base's text costs {bpb(full)} after "
+            f"full fine-tuning and {bpb(lora)} after LoRA; {found['before']:.3f} before"
+        )
+        if is_above(full, lora):
+            return Verdict(REPRODUCED, why)
+        return Verdict(NOT_REPRODUCED if is_above(lora, full) else PARTLY, why)
+
+    def here(self, found):
+        more = found["full"]["mean"] - found["LoRA"]["mean"]
+        return f"full forgets {more:+.3f} bpb more at {percent(self.part)} of LoRA's learning"
+
+    def panel(self, found):
+        series = {}
+        for name, of_seeds in found["curves"].items():
+            points = []
+            for same_step in zip(*of_seeds):
+                style = statistics.fmean(style for style, _ in same_step)
+                base = spread([base for _, base in same_step])
+                points.append((style, base["mean"], base["std"]))
+            series[name] = points
+        return Panel("bpb of the base's text", series, "bpb of the style")
+
+
+def base_at(curve, level):
+    """The bits per byte of the base's text where a curve first reaches a level of the style.
+
+    curve [(style, base), ...] is linear between its points; its end if it never gets there.
+    """
+    for (style, base), (next_style, next_base) in zip(curve, curve[1:]):
+        if next_style <= level < style:
+            part = (style - level) / (style - next_style)
+            return base + part * (next_base - base)
+    return curve[-1][1]
