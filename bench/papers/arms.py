@@ -106,8 +106,8 @@ FULL_SIZE = Scale(
 
 # Everything runs, on a CPU, in seconds. The numbers mean nothing.
 MINI = Scale(
-    "mini", width=32, widths=(16, 32), head=16, n_layer=2, block_size=16,
-    pretrain_steps=4, pretrain_batch=2, steps=3, batch_size=2, short=2,
+    "mini", width=32, widths=(16, 32), head=16, n_layer=1, block_size=16,
+    pretrain_steps=4, pretrain_batch=2, steps=2, batch_size=2, short=1,
     batches=(1, 2), ranks=(1, 2, 8), rates=2, extensions=0, sweep_seeds=(0,), seeds=(1, 2),
-    texts=("pirate", "noir"), early=2, forgetting_bytes=2**9, heldout_bytes=2**10, stories=40,
+    texts=("pirate", "noir"), early=2, forgetting_bytes=2**9, heldout_bytes=2**9, stories=40,
 )

@@ -117,6 +117,14 @@ def slope(x, y):
     return sum(products) / sum((a - mean_x)**2 for a in x)
 
 
+def part(low, high):
+    """The mean of spread low as a part of that of high; NaN if high is not above zero.
+
+    NaN is below every threshold.
+    """
+    return low["mean"] / high["mean"] if high["mean"] > 0 else math.nan
+
+
 # ---- verdicts ------------------------------------------------------------------------
 
 def between(value, reproduced, partly, why):

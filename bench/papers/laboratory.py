@@ -5,6 +5,7 @@ The held-out text is cut into two halves, story by story. Learning rates, and th
 which a run is best, are chosen on the half "choose"; what is reported is measured on the
 half "report", with other seeds.
 """
+import copy
 import hashlib
 import json
 import math
@@ -113,6 +114,7 @@ class Laboratory:
         self.made = 0                       # runs in this process
         self.encoding = None
         self.bases = {}                     # {width: its directory and fingerprint}
+        self.models = {}                    # {(width, dropout, dtype): a base as it was loaded}
 
     def save(self):
         """Write the results of all runs."""
@@ -139,6 +141,13 @@ class Laboratory:
             pretrain(dir, width, self.scale, self.device, self.dir)
             self.bases[width] = dir, fingerprint(dir)
         return self.bases[width]
+
+    def model(self, width=0, dropout=0.0, dtype="float32"):
+        """A copy of a base model, on the device."""
+        key = (width or self.scale.width, dropout, dtype)
+        if key not in self.models:
+            self.models[key], _, _ = load_model(self.base(width), self.device, dropout, dtype)
+        return copy.deepcopy(self.models[key])
 
     def corpora(self, text):
         """The Corpus of each part of a text: {"choose", "report", "train"}.
@@ -232,7 +241,9 @@ class Laboratory:
         else:
             while len(self.machines) >= MACHINES:
                 self.machines.popitem(last=False)
-            self.machines[key] = Machine(arm, self.base(arm.width), self.scale, self.device)
+            settings = settings_of_arm(arm, self.scale, self.device)
+            model = self.model(arm.width, settings.dropout, settings.base_dtype)
+            self.machines[key] = Machine(arm, model, settings)
         return self.machines[key]
 
     def before(self, text="pirate", width=0):
@@ -241,7 +252,7 @@ class Laboratory:
         if key not in self.results:
             self.check_time()
             settings = settings_of_arm(Arm(method="full"), self.scale, self.device)
-            model, _, _ = load_model(self.base(width), self.device)
+            model = self.model(width)
             scores = {}
             for part in ("choose", "report", "train"):
                 scores[part] = self.bpb(model, text, part, settings.dtype)
@@ -337,7 +348,7 @@ class Laboratory:
         """The weights of a base, as {name: float32 tensor}."""
         key = ("base", width or self.scale.width)
         if key not in self.kept_weights:
-            model, _, _ = load_model(self.base(width), self.device)
+            model = self.model(width)
             self.kept_weights[key] = {name: p.detach() for name, p in model.named_parameters()}
         return self.kept_weights[key]
 
@@ -346,7 +357,7 @@ class Laboratory:
         """The bits per byte of a model with these weights: {"report", "base"}."""
         self.check_time()
         settings = settings_of_arm(Arm(method="full"), self.scale, self.device)
-        model, _, _ = load_model(self.base(), self.device)
+        model = self.model()
         for name, p in model.named_parameters():
             p.copy_(weights[name])
         return {

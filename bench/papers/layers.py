@@ -14,6 +14,7 @@ from bench.papers.claim import (
     edge_note,
     is_above,
     noise,
+    part,
     percent,
     share,
 )
@@ -133,7 +134,7 @@ class RandomA(Claim):
         return learned(lab, {"both": Arm(), "B alone": Arm(frozen="A")})
 
     def part(self, found):
-        return found["B alone"]["mean"] / found["both"]["mean"]
+        return part(found["B alone"], found["both"])
 
     def judge(self, found):
         why = f"{percent(self.part(found))}: {texts_of(found)}" + edge_note(*found.values())

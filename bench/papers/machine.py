@@ -14,7 +14,6 @@ from torch import nn
 
 from bench.papers.arms import SLICES
 from lab.capture import captured
-from lab.models import load_model
 from lab.parallel import seed_of_step
 from lab.settings import settings_for
 from lora_minimal import apply_lora, find_lora_layers
@@ -42,14 +41,14 @@ def settings_of_arm(arm, scale, device):
 class Machine:
     """A base model, what an Arm trains of it, and the training step (captured on a GPU).
 
-    base    the directory of the base model
+    model   the base, as load_model returns it with the dropout and dtype of `settings`; the
+            Machine changes it
     """
 
-    def __init__(self, arm, base, scale, device):
+    def __init__(self, arm, model, settings):
         self.arm = arm
-        self.settings = settings_of_arm(arm, scale, device)
-        dtype = self.settings.base_dtype
-        self.model, _, _ = load_model(base, device, self.settings.dropout, dtype)
+        self.model = model
+        self.settings = settings
         choose_parameters(self.model, arm)
         self.step = Step(self.model, self.settings)
         give_own_rates(self.step, arm)

@@ -11,7 +11,7 @@ from gpt import GPT
 # of pretraining with Muon that is not captured waits 20 ms for the CPU.
 LAUNCH, MUON, FLOPS = 1e-3, 20e-3, 2e14
 EVALUATION = 0.03       # of both halves, once
-MACHINE = 0.6           # to load a base and to capture a step
+MACHINE = 0.5           # to copy a base and to capture a step
 ANALYSIS = 0.5          # of the weights after a run
 
 

@@ -16,6 +16,7 @@ from bench.papers.claim import (
     edge_note,
     is_above,
     of_all,
+    part,
     percent,
     share,
     shares,
@@ -88,7 +89,7 @@ class RankOneSuffices(Claim):
 
     def part(self, found):
         low, high = found.values()
-        return low["mean"] / high["mean"]
+        return part(low, high)
 
     def judge(self, found):
         texts = [f"{name} {share(s)} of full's" for name, s in found.items()]
@@ -123,8 +124,8 @@ class QueryNeedsMoreRank(Claim):
         return learned(lab, arms)
 
     def parts(self, found):
-        qv_low, qv_high, q_low, q_high = (s["mean"] for s in found.values())
-        return qv_low / qv_high, q_low / q_high
+        qv_low, qv_high, q_low, q_high = found.values()
+        return part(qv_low, qv_high), part(q_low, q_high)
 
     def judge(self, found):
         qv, q = self.parts(found)

@@ -36,13 +36,28 @@ def changes(weights, base):
 
 
 def svd(matrix):
-    """U (out, n), S (n,), Vh (n, in), in float32."""
-    return torch.linalg.svd(matrix.float(), full_matrices=False)
+    """U (out, n), S (n,), Vh (n, in) in float32, n the smaller side.
+
+    Computed from the eigenvectors of the smaller of MᵀM and MMᵀ, in float64: several
+    hundred of them are needed, and these are the smallest eigenproblems that will do.
+    Directions whose singular value is zero, to 8 digits, are zero vectors on one side.
+    """
+    M = matrix.double()
+    if M.size(0) < M.size(1):
+        U, S, Vh = svd(M.t())
+        return Vh.t(), S, U.t()
+    squares, V = torch.linalg.eigh(M.t() @ M)               # ascending
+    S = squares.flip(0).clamp(min=0).sqrt()
+    V = V.flip(1)
+    inverse = torch.where(S > 1e-8 * S[0], 1 / S, 0.0)
+    U = (M @ V) * inverse
+    return U.float(), S.float(), V.t().float()
 
 
 def rank_for_energy(matrix, energy=0.9):
     """How many singular values have a share of the sum of all their squares."""
-    squares = torch.linalg.svdvals(matrix.float())**2
+    _, S, _ = svd(matrix)
+    squares = S.double()**2
     reached = squares.cumsum(0) >= energy * squares.sum()
     return int(reached.int().argmax()) + 1
 
@@ -83,14 +98,13 @@ def amplification(D, W, r):
     return float(S[:r].norm() / within.norm())
 
 
-def intruders(W, tuned):
+def intruders(U, U_tuned):
     """Which of the leading singular vectors of a tuned weight are intruder dimensions.
 
-    (n,) bool: the left singular vector has a cosine below SIMILAR with every one of
-    the base's (Shuttleworth et al. 2024, §3).
+    U and U_tuned (out, n) are the left singular vectors of the weight before and
+    after. Returns (LEADING or n,) bool: whether the vector has a cosine below SIMILAR
+    with every one of the base's (Shuttleworth et al. 2024, §3).
     """
-    U, _, _ = svd(W)
-    U_tuned, _, _ = svd(tuned)
     similar = (U_tuned[:, :LEADING].t() @ U).abs().amax(dim=1)
     return similar < SIMILAR
 
@@ -98,7 +112,7 @@ def intruders(W, tuned):
 def without_intruders(W, tuned, factor):
     """The tuned weight with the singular values of its intruders multiplied by `factor`."""
     U, S, Vh = svd(tuned)
-    which = intruders(W, tuned)
+    which = intruders(svd(W)[0], U)
     lost = torch.zeros_like(S)
     lost[:len(which)] = (1 - factor) * S[:len(which)] * which
     return tuned.float() - (U * lost) @ Vh

@@ -156,19 +156,18 @@ class SharedFirstDirection(Claim):
             low = Arm(r=lab.scale.low_rank)
         base = lab.weights()
         first, second = lab.scale.seeds[:2]
-        changes = [
-            spectra.changes(lab.tuned(low, first)[0], base),
-            spectra.changes(lab.tuned(high, second)[0], base),
-        ]
+        low_changes = spectra.changes(lab.tuned(low, first)[0], base)
+        high_changes = spectra.changes(lab.tuned(high, second)[0], base)
         found = {"overlap": {}, "chance": {}}
         for i in (1, 2, 4, 8):
-            values, chances = [], []
-            for name, D in changes[0].items():
-                vectors = [spectra.svd(D)[2], spectra.svd(changes[1][name])[2]]
-                values.append(spectra.overlap(*(Vh[:i].t() for Vh in vectors)))
-                chances.append(i / D.size(1))
-            found["overlap"][str(i)] = values
-            found["chance"][str(i)] = statistics.fmean(chances)
+            found["overlap"][str(i)] = []
+            found["chance"][str(i)] = statistics.fmean(i / D.size(1) for D in low_changes.values())
+        for name, D in low_changes.items():
+            _, _, low_Vh = spectra.svd(D)
+            _, _, high_Vh = spectra.svd(high_changes[name])
+            for i, values in found["overlap"].items():
+                i = int(i)
+                values.append(spectra.overlap(low_Vh[:i].t(), high_Vh[:i].t()))
         return found
 
     def mean(self, found, i):
@@ -250,13 +249,16 @@ class IntruderDimensions(Claim):
         found = {"of": 0, "counts": {name: [] for name in arms}}
         controls = ("full, as large as r = 8", "r = 8, as small as full", "random, as r = 8")
         found["counts"] |= {name: [] for name in controls}
+        before = {}
+        for name, W in spectra.matrices(base).items():
+            before[name] = W, spectra.svd(W)[0]
         for seed in two_seeds(lab):
             changes = {}
             for name, arm in arms.items():
                 changes[name] = spectra.changes(lab.tuned(arm, seed)[0], base)
             changes |= sized(changes, seed)
             for name, of_name in changes.items():
-                found["counts"][name].append(count_intruders(base, of_name))
+                found["counts"][name].append(count_intruders(before, of_name))
         some = next(iter(spectra.matrices(base).values()))
         found["of"] = len(spectra.matrices(base)) * min(spectra.LEADING, *some.shape)
         return found
@@ -302,11 +304,15 @@ def sized(changes, seed):
     }
 
 
-def count_intruders(base, changes):
-    """How many intruders all matrices have together, after changes {name: D}."""
+def count_intruders(before, changes):
+    """How many intruders all matrices have together, after changes {name: D}.
+
+    before {name: (W, its left singular vectors)}
+    """
     count = 0
-    for name, W in spectra.matrices(base).items():
-        count += int(spectra.intruders(W, W + changes[name]).sum())
+    for name, (W, U) in before.items():
+        U_tuned, _, _ = spectra.svd(W + changes[name])
+        count += int(spectra.intruders(U, U_tuned).sum())
     return count
 
 
