@@ -1,16 +1,16 @@
 """
-What the papers say of LoRA, tested: some thirty claims, each written down before the run.
+What the papers say of LoRA, tested: each claim was written down before the run.
 
-    python bench/claims.py --plan                   what would run, and how long it should take
-    python bench/claims.py --device cuda            all of it: 12 minutes on an H100
-    python bench/claims.py --device cuda --limit-minutes 8      stop in time; the same command
-                                                    continues
-    python bench/claims.py --mini                   all of it on a CPU, tiny: for the tests only
+    python bench/claims.py --plan             what would run, and for how long
+    python bench/claims.py --device cuda --limit-minutes 8
+                                              stops in time; the same command continues
+    python bench/claims.py --mini --out out/mini.json
+                                              all of it on a CPU, tiny: for the tests
 
-Every claim that is finished is written to bench/results/claims.json at once, and is not run
-again; bases and single runs are kept in --cache. bench/claims_page.py makes docs/claims.md
-from the results. A claim is a class with its sentence, source, threshold, experiment and
-judge in one place: see bench/papers/.
+Every claim that is finished is written to bench/results/claims.json at once, and is not
+run again; bases and single runs are kept in --cache. bench/claims_page.py makes
+docs/claims.md from the results. A claim is a class with its sentence, source, threshold,
+experiment and judge in one place: see bench/papers/.
 """
 import argparse
 import sys
@@ -41,15 +41,15 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--mini", action="store_true", help="tiny models; the numbers mean nothing")
     add("--plan", action="store_true", help="only print what would run")
-    add("--only", nargs="+", metavar="CLAIM", help="only these, by the names that --plan prints")
-    add("--again", action="store_true", help="test finished claims again (runs are still reused)")
+    add("--only", nargs="+", metavar="CLAIM", help="only these; --plan prints the names")
+    add("--again", action="store_true", help="test finished claims again, with the same runs")
     add("--limit-minutes", type=float, default=float("inf"),
         help="begin no run after this time; default: no limit")
     add("--out", type=Path, default=OUT, help="default: bench/results/claims.json")
-    add("--cache", type=Path, default=CACHE, help="for bases and runs; default: out/claims")
+    add("--cache", type=Path, default=CACHE, help="of bases and runs; default: out/claims")
     args = parser.parse_args(argv)
     names = [claim.id for claim in CLAIMS]
     for name in args.only or ():
@@ -76,7 +76,7 @@ def print_plan(args):
         total_seconds += seconds
     rows.append(("all", str(total_runs), f"{total_seconds:.0f}"))
     say(aligned(rows))
-    say("Estimated for one H100, by arithmetic; pretraining counts where it is first needed.")
+    say("Estimated for one H100. Pretraining counts where a base is first needed.")
 
 
 def test(claim, lab):
@@ -90,8 +90,9 @@ def test(claim, lab):
         found, verdict, here = None, Verdict(NOT_TESTABLE, reason), ""
     return {
         "sentence": claim.sentence, "source": claim.source, "paper": claim.paper,
-        "threshold": claim.threshold, "verdict": verdict.word, "why": verdict.why, "here": here,
-        "found": found, "runs": lab.made - runs, "seconds": round(time.monotonic() - start, 1),
+        "threshold": claim.threshold, "verdict": verdict.word, "why": verdict.why,
+        "here": here, "found": found, "runs": lab.made - runs,
+        "seconds": round(time.monotonic() - start, 1),
         "device": device_name(lab.device), "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -121,12 +122,13 @@ def run(args):
     deadline = time.monotonic() + 60 * args.limit_minutes
     lab = Laboratory(args.cache, scale, device, deadline)
     failed = []
-    todo = [claim for claim in chosen(args) if args.again or claim.id not in results["claims"]]
-    for claim in todo:
+    for claim in chosen(args):
+        if claim.id in results["claims"] and not args.again:
+            continue
         try:
             entry = test(claim, lab)
         except OutOfTime:
-            say(f"Stopped in time, before {claim.id} was finished; the same command continues.")
+            say(f"Stopped in time, within {claim.id}; the same command continues.")
             break
         except Exception:                   # the other claims can still be tested
             say(f"{claim.id} failed:\n{traceback.format_exc()}")

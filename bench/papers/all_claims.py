@@ -1,7 +1,12 @@
 """
-All claims, those first that say most for the time they take: later ones share their runs.
+All claims. Those stand first that say most for their time; later ones share their runs.
 """
-from bench.papers.bases import FourBitBase, GapShrinksWithSize, RatioAgainstWidth, SixteenBitBase
+from bench.papers.bases import (
+    FourBitBase,
+    GapShrinksWithSize,
+    RatioAgainstWidth,
+    SixteenBitBase,
+)
 from bench.papers.forgetting import ForgetsLessAtEqualLearning, LearnsLessForgetsLess
 from bench.papers.layers import (
     AttentionAlone,
@@ -43,12 +48,13 @@ from bench.papers.weights import (
 )
 
 CLAIMS = [
-    TenTimes(), AsMuchAsFull(), RankOneSuffices(), SameRateForAllRanks(), LowRanksRunOut(),
-    LearnsLessForgetsLess(), ForgetsLessAtEqualLearning(), LowRankDoesTheWork(),
-    ChangeOfHighRank(), AttentionAlone(), AttentionOnTop(), EmbeddingsAreTheGap(),
-    GapShrinksWithSize(), LargeBatchesHurt(), SixteenBitBase(), FourBitBase(), RandomA(),
-    BMoreThanA(), BWithTwiceTheRank(), LargerInShortRuns(), SameBeginning(), ManyMatrices(),
-    QueryNeedsMoreRank(), IntruderDimensions(), AmplifiesWhatWNeglects(),
-    SharedFirstDirection(), SmallerIntruders(), RatioAgainstWidth(), LowRateNeedsRoot(),
-    VariantsAreEqual(), FasterB(), RandomAIsBetter(), RateAgainstRank(), RateTransfersToFull(),
+    TenTimes(), AsMuchAsFull(), RankOneSuffices(), SameRateForAllRanks(),
+    LowRanksRunOut(), LearnsLessForgetsLess(), ForgetsLessAtEqualLearning(),
+    LowRankDoesTheWork(), ChangeOfHighRank(), AttentionAlone(), AttentionOnTop(),
+    EmbeddingsAreTheGap(), GapShrinksWithSize(), LargeBatchesHurt(), SixteenBitBase(),
+    FourBitBase(), RandomA(), BMoreThanA(), BWithTwiceTheRank(), LargerInShortRuns(),
+    SameBeginning(), ManyMatrices(), QueryNeedsMoreRank(), IntruderDimensions(),
+    AmplifiesWhatWNeglects(), SharedFirstDirection(), SmallerIntruders(),
+    RatioAgainstWidth(), LowRateNeedsRoot(), VariantsAreEqual(), FasterB(),
+    RandomAIsBetter(), RateAgainstRank(), RateTransfersToFull(),
 ]

@@ -41,6 +41,7 @@ class GapShrinksWithSize(Claim):
         "smallest, and its slope over log size is negative: reproduced; on some: partly"
     )
     advice = "What is lost with a small base says little about a large one."
+    otherwise = "The gap depends on the text as well as on the size: measure it on yours."
     differs = "All bases read the same text; the largest one has too little of it."
 
     def measure(self, lab):
@@ -102,7 +103,8 @@ class RatioAgainstWidth(Claim):
         "the exponent of the width is at most 0.25 from 0: reproduced; nearer to 0 than to 1/2 "
         "and to 1 within its spread: partly"
     )
-    advice = "Ten times, at any width; check twice and half."
+    advice = "Find the ratio with a small model, and use it for a large one."
+    otherwise = "Find the ratio at the width that you use."
     differs = "Each base was pretrained for this, with a rate that goes with its width."
 
     def measure(self, lab):
@@ -155,6 +157,7 @@ class SixteenBitBase(Claim):
     read = "a claim of this project, tested here for the first time"
     threshold = "at most 0.5% less of what full learns: reproduced; at most 1% less: partly"
     advice = "Freeze the base in bfloat16."
+    otherwise = "Keep the base in float32 if it fits."
     differs = "Products are computed in bfloat16 on a GPU either way, in float32 on a CPU."
 
     dtypes = ("float32", "bfloat16")
@@ -188,7 +191,8 @@ class FourBitBase(SixteenBitBase):
     paper = "the task performance of 16-bit fine-tuning"
     read = NOTES
     threshold = "at most 1% less of what full learns: reproduced; at most 3% less: partly"
-    advice = "Use it when the weights do not fit; they are the smaller part of a small run."
+    advice = "Freeze the base in four bits."
+    otherwise = "Use four bits only if the weights do not fit otherwise."
     differs = "Rounding to four bits hurts small models more than large ones."
 
     dtypes = ("bfloat16", "nf4")

@@ -51,6 +51,7 @@ class Claim:
     read = UNCHECKED    # where that was read
     threshold = ""      # what counts as reproduced and as partly reproduced
     advice = ""         # what to make of it when tuning a model of one's own
+    otherwise = ""      # the same, if the claim is not reproduced here; "": as above
     differs = ""        # why it may be different here
 
     @property

@@ -34,6 +34,7 @@ class LearnsLessForgetsLess(Claim):
     read = ABSTRACT
     threshold = "both, by more than noise: reproduced; one of them: partly"
     advice = "If what the base knows matters, LoRA is the gentler way at its usual rate."
+    otherwise = "Measure what is forgotten: LoRA is not gentler by itself."
     differs = "What is forgotten is the fit to the text of pretraining, not skills."
 
     def measure(self, lab):
@@ -85,7 +86,8 @@ class ForgetsLessAtEqualLearning(Claim):
         "where both have learned 90% of what LoRA learns in the end, full has forgotten more, "
         "by more than noise: reproduced; within noise: partly"
     )
-    advice = "If full fine-tuning forgets too much, stop earlier or lower its rate first."
+    advice = "If forgetting matters, prefer LoRA even where full fine-tuning fits."
+    otherwise = "If full fine-tuning forgets too much, stop it earlier."
     differs = "The compared points lie on curves of one rate each, with the rate still high."
 
     part = 0.9

@@ -45,6 +45,7 @@ class AttentionAlone(Claim):
     read = SECOND_HAND
     threshold = "the MLP learns 1% more of what full learns, and more than noise; less: partly"
     advice = "Adapt all linear layers; if you must choose, choose the MLP."
+    otherwise = "Compare the two at your budget: neither is clearly better."
     differs = "The text is a new style; a task that asks for other attention may differ."
 
     def measure(self, lab):
@@ -71,7 +72,8 @@ class AttentionOnTop(Claim):
     paper = "the MLP alone is as good as all"
     read = SECOND_HAND
     threshold = "all layers learn at most 1% more of what full learns: reproduced; 2%: partly"
-    advice = "It does no harm either: all layers with the same rank is the simple choice."
+    advice = "It does no harm either: all layers with one rank is the simple choice."
+    otherwise = "Adapt all linear layers."
     differs = "The budget is equal here; in the paper the rank is."
 
     def measure(self, lab):
@@ -100,6 +102,7 @@ class ManyMatrices(Claim):
         "reproduced; they beat q and k, but not v: partly"
     )
     advice = "Spread a budget over all matrices before you raise the rank."
+    otherwise = "Which matrices you adapt matters more than how many."
     differs = "q, k and v are slices of one matrix here, with adapters of their own."
 
     def measure(self, lab):
@@ -127,7 +130,8 @@ class RandomA(Claim):
     paper = "nearly as well; 0.1 to 0.5 points of GLUE"
     read = "the abstract was read; the points are " + NOTES
     threshold = "B alone learns 98% of what both learn: reproduced; 95%: partly"
-    advice = "It halves optimizer state and gradients of an adapter, which are small anyway."
+    advice = "It halves gradients and optimizer state of an adapter, which are small anyway."
+    otherwise = "Train both."
     differs = "A starts from U(±1/√in) here, in the paper partly orthogonal."
 
     def measure(self, lab):
@@ -155,6 +159,7 @@ class BMoreThanA(Claim):
     read = "the abstract was read; the points are " + NOTES
     threshold = "by more than noise: reproduced; within noise: partly"
     advice = "If one of the two is to be frozen, freeze A."
+    otherwise = "Neither is clearly the one to freeze."
     differs = "The frozen factor is drawn from U(±1/√fan-in), whichever it is."
 
     def measure(self, lab):
@@ -182,7 +187,8 @@ class BWithTwiceTheRank(Claim):
     paper = "on GLUE; not on summarization"
     read = NOTES
     threshold = "by more than noise: reproduced; as good within noise: partly"
-    advice = "No reason to leave the usual way."
+    advice = "With a fixed budget, freeze A and double the rank."
+    otherwise = "There is no reason to leave the usual way."
     differs = "With fused q, k and v, B is larger than A: twice the rank has 1.2 times as much."
 
     def measure(self, lab):

@@ -32,7 +32,7 @@ EMBEDDING_RATE = 1 / 16     # of the rate of A and B: about what full fine-tunin
 
 
 def learned(lab, arms):
-    """{name: the share of what full fine-tuning learns} of {name: Arm}, with "at_edge"."""
+    """{name: the share of what full fine-tuning learns, "at_edge"} of {name: Arm}."""
     before, full = lab.before()["report"], lab.final(FULL)
     found = {}
     for name, arm in arms.items():
@@ -43,15 +43,16 @@ def learned(lab, arms):
 
 class AsMuchAsFull(Claim):
     group = "Rank and capacity"
-    sentence = "LoRA on all layers with a sufficient rank learns as much as full fine-tuning."
+    sentence = "With a sufficient rank, LoRA on all layers learns as much as full fine-tuning."
     source = SCHULMAN
     paper = "the same final loss"
     read = SECOND_HAND
-    threshold = "the highest rank learns 99% of what full learns: reproduced; 97%: partly"
-    advice = "For a style or a task, LoRA loses little; measure it where every percent counts."
+    threshold = "99% of what full learns, with the highest rank: reproduced; 97%: partly"
+    advice = "Use LoRA with a rank of 16 or more wherever you would have tuned all weights."
+    otherwise = "LoRA loses a little; measure how much where every percent counts."
     differs = (
-        "Here the embeddings are a large part of the model, and LoRA leaves them frozen; a "
-        "large model has relatively fewer."
+        "Here the embeddings are a large part of the model, and LoRA leaves them frozen; "
+        "a large model has relatively fewer."
     )
 
     def measure(self, lab):
@@ -64,7 +65,8 @@ class AsMuchAsFull(Claim):
     def judge(self, found):
         best = self.highest(found)
         texts = [f"{name} {share(s)}" for name, s in found.items()]
-        return at_least(best["mean"], 0.99, 0.97, ", ".join(texts) + edge_note(*found.values()))
+        why = ", ".join(texts) + edge_note(*found.values())
+        return at_least(best["mean"], 0.99, 0.97, why)
 
     def here(self, found):
         return share(self.highest(found))
@@ -80,8 +82,9 @@ class RankOneSuffices(Claim):
     paper = "73.4% with r = 1, 73.5% with r = 64 (WikiSQL)"
     read = NOTES
     threshold = "99% of what the highest rank learns: reproduced; 97%: partly"
-    advice = "Begin with r = 8 or 16; lower only if the size of the file matters."
-    differs = "GPT-3 is ten thousand times as large, and its task needs less that is new."
+    advice = "A rank of 1 is enough for a style; raise it if the text is long."
+    otherwise = "Begin with r = 8 or 16; lower it only if the size of the file matters."
+    differs = "GPT-3 is ten thousand times as large, and needs to learn less for its task."
 
     def measure(self, lab):
         names = (lab.scale.low_rank, lab.scale.high_rank)
@@ -93,7 +96,7 @@ class RankOneSuffices(Claim):
 
     def judge(self, found):
         texts = [f"{name} {share(s)} of full's" for name, s in found.items()]
-        why = f"{percent(self.part(found))}: " + ", ".join(texts) + edge_note(*found.values())
+        why = f"{percent(self.part(found))}: {', '.join(texts)}{edge_note(*found.values())}"
         return at_least(self.part(found), 0.99, 0.97, why)
 
     def here(self, found):
@@ -105,13 +108,13 @@ class RankOneSuffices(Claim):
 
 class QueryNeedsMoreRank(Claim):
     group = "Rank and capacity"
-    sentence = "With Wq and Wv adapted, a rank of 1 suffices; with Wq alone it does not."
+    sentence = "A rank of 1 suffices if Wq and Wv are adapted, and not for Wq alone."
     source = f"{HU}, Table 6"
     paper = "Wq, Wv: 73.4% of at most 73.8%; Wq: 68.8% of at most 70.5%"
     read = NOTES
     threshold = (
-        "r = 1 learns 99% of what r = 64 learns with Wq and Wv, and less than 99% with Wq "
-        "alone: reproduced; one of the two: partly"
+        "r = 1 learns 99% of what r = 64 learns with Wq and Wv, and less than 99% with "
+        "Wq alone: reproduced; one of the two: partly"
     )
     advice = "Fewer matrices need a higher rank, and still learn less: adapt them all."
     differs = "One matrix of a small model holds far less than one of GPT-3."
@@ -129,7 +132,7 @@ class QueryNeedsMoreRank(Claim):
 
     def judge(self, found):
         qv, q = self.parts(found)
-        why = f"with Wq and Wv {percent(qv)} of what the high rank learns, with Wq {percent(q)}"
+        why = f"of what the high rank learns, {percent(qv)} with both and {percent(q)} with Wq"
         return of_all([qv >= 0.99, q < 0.99], why + edge_note(*found.values()))
 
     def here(self, found):
@@ -143,18 +146,19 @@ class QueryNeedsMoreRank(Claim):
 class LowRanksRunOut(Claim):
     group = "Rank and capacity"
     sentence = (
-        "A rank falls behind when the text has more to learn than its parameters hold, at two "
-        "bits each, and not before."
+        "A rank falls behind when the text has more to learn than its parameters hold, at "
+        "two bits each, and not before."
     )
     source = f"{SCHULMAN}; Allen-Zhu and Li 2024 (knowledge capacity)"
     paper = "2 bits a parameter; the loss falls behind beyond that"
     read = NOTES
     threshold = (
-        "what full fine-tuning saves of the training text, in bits, is what there is to learn: "
-        "ranks that hold less of it stay 5% below the highest rank, those that hold more do "
-        "not: reproduced; some as predicted: partly"
+        "what full fine-tuning saves of the training text, in bits, is what there is to "
+        "learn: ranks that hold less of it stay 5% below the highest rank, those that hold "
+        "more do not: reproduced; some as predicted: partly"
     )
-    advice = "Count: the bits of your text that the base does not know, over two, are parameters."
+    advice = "Count: half the bits that the base does not know are the parameters you need."
+    otherwise = "Two bits a parameter predict little here: try a higher rank instead."
     differs = "The bits saved on a text of 144 kB, in 24 epochs with dropout, are few."
 
     def measure(self, lab):
@@ -168,7 +172,7 @@ class LowRanksRunOut(Claim):
         return found
 
     def predictions(self, found):
-        """{rank: (whether it should fall behind, whether it does)} for all but the highest."""
+        """{rank: (whether it should fall behind, whether it does)}, without the highest."""
         to_learn = found["full"]["mean"]
         ranks = [name for name in found if name != "full"]
         highest = found[ranks[-1]]["mean"]
@@ -181,12 +185,11 @@ class LowRanksRunOut(Claim):
     def judge(self, found):
         texts = []
         for name, s in found.items():
-            texts.append(
-                f"{name} {s['mean'] / 1000:.0f} kbit, {s['mean'] / s['parameters']:.2g} a parameter"
-            )
+            density = s["mean"] / s["parameters"]
+            texts.append(f"{name} {s['mean'] / 1000:.0f} kbit, {density:.2g} a parameter")
         table = self.predictions(found)
         right = [name for name, (should, does) in table.items() if should == does]
-        why = f"as predicted for {', '.join(right) or 'no rank'}; saved: {'; '.join(texts)}"
+        why = f"as predicted: {', '.join(right) or 'no rank'}; saved: {'; '.join(texts)}"
         return of_all((should == does for should, does in table.values()), why)
 
     def here(self, found):
@@ -199,7 +202,8 @@ class LowRanksRunOut(Claim):
         points = []
         for s in found.values():
             points.append((s["parameters"], s["mean"] / 1000, s["std"] / 1000))
-        return Panel("kbit saved of the training text", {"": points}, "parameters", log_x=True)
+        ylabel = "kbit saved of the training text"
+        return Panel(ylabel, {"": points}, "parameters", log_x=True)
 
 
 class EmbeddingsAreTheGap(Claim):
@@ -212,10 +216,11 @@ class EmbeddingsAreTheGap(Claim):
     paper = "in one run of the 1M model"
     read = "a claim of this project, tested here for the first time"
     threshold = (
-        "full fine-tuning with frozen embeddings, and LoRA with trained ones, each explain half "
-        "of the gap: reproduced; one of them: partly"
+        "full fine-tuning with frozen embeddings, and LoRA with trained ones, each explain "
+        "half of the gap: reproduced; one of them: partly"
     )
-    advice = "If your text has new words, let the embeddings train beside LoRA, at full's rate."
+    advice = "In a small model, let the embeddings train beside LoRA, at full's rate."
+    otherwise = "Training the embeddings is not all that is missing; compare a higher rank."
     differs = "A large model has few embeddings for its size."
 
     def measure(self, lab):
@@ -223,9 +228,10 @@ class EmbeddingsAreTheGap(Claim):
             r=lab.scale.high_rank, embeddings=True, embedding_rate=EMBEDDING_RATE
         )
         arms = {
-            "full": FULL, "full, embeddings frozen": FROZEN, "LoRA": Arm(r=lab.scale.high_rank),
-            "LoRA, embeddings trained": trained,
-            "LoRA r = 8": Arm(), "LoRA r = 8, embeddings trained": replace(trained, r=8),
+            "full": FULL, "full, embeddings frozen": FROZEN,
+            "LoRA": Arm(r=lab.scale.high_rank), "LoRA, embeddings trained": trained,
+            "LoRA r = 8": Arm(),
+            "LoRA r = 8, embeddings trained": replace(trained, r=8),
         }
         found = {}
         for name, arm in arms.items():
@@ -235,14 +241,15 @@ class EmbeddingsAreTheGap(Claim):
     def explained(self, found):
         """The parts of the gap at the highest rank that the two experiments explain."""
         full = found["full"]["mean"]
-        gap = found["LoRA"]["mean"] - full
+        lora = found["LoRA"]["mean"]
+        gap = lora - full
         frozen = (found["full, embeddings frozen"]["mean"] - full) / gap
-        trained = (found["LoRA"]["mean"] - found["LoRA, embeddings trained"]["mean"]) / gap
+        trained = (lora - found["LoRA, embeddings trained"]["mean"]) / gap
         return frozen, trained
 
     def judge(self, found):
         if not is_above(found["LoRA"], found["full"]):
-            return Verdict(NOT_REPRODUCED, "at the highest rank there is no gap to explain")
+            return Verdict(NOT_REPRODUCED, "the highest rank has no gap to explain")
         frozen, trained = self.explained(found)
         texts = [f"{name} {bpb(s)}" for name, s in found.items()]
         why = (
@@ -255,4 +262,5 @@ class EmbeddingsAreTheGap(Claim):
         return ", ".join(f"{name} {s['mean']:.3f}" for name, s in found.items())
 
     def panel(self, found):
-        return Panel("bpb", {name: [(name, s["mean"], s["std"])] for name, s in found.items()})
+        series = {name: [(name, s["mean"], s["std"])] for name, s in found.items()}
+        return Panel("bpb", series)

@@ -55,6 +55,7 @@ class TenTimes(Claim):
         "Start LoRA at ten times the rate that you would give full fine-tuning, and try twice "
         "and half of it."
     )
+    otherwise = "Search for LoRA's rate on its own; here it is not ten times full's."
     differs = "The runs here are short, and the factor of B A is 2 instead of 32 / r."
 
     def measure(self, lab):
@@ -87,6 +88,7 @@ class SameRateForAllRanks(Claim):
         "the best rates of all ranks from 4 up are within a factor of 2: reproduced; of 4: partly"
     )
     advice = "With alpha fixed, change the rank without searching for the rate again."
+    otherwise = "Search for the rate again after a change of the rank."
     differs = "The largest rank here is 64."
 
     def measure(self, lab):
@@ -166,6 +168,7 @@ class SameBeginning(Claim):
         "have fallen by: reproduced; by at most 10%: partly"
     )
     advice = "The first steps of a run do not tell which rank is better."
+    otherwise = "Ranks differ from the first steps on, at one rate."
     differs = "A run has 120 steps here, so ten of them are a longer part of it."
 
     def measure(self, lab):
@@ -210,7 +213,7 @@ class RateAgainstRank(Claim):
     paper = "exponents 0, -0.25 and -0.5"
     read = NOTES
     threshold = "each exponent within 0.15: reproduced; some of them: partly"
-    advice = "Use α/r: it is the rule under which a rate survives a change of the rank."
+    advice = "Prefer the rule with the exponent nearest to 0: under it a rate survives longest."
     differs = "The theory is for wide models; three ranks fix an exponent only roughly."
 
     predicted = {"1.0": 0.0, "0.5": -0.25, "0.0": -0.5}

@@ -49,7 +49,7 @@ def svd(matrix):
     squares, V = torch.linalg.eigh(M.t() @ M)               # ascending
     S = squares.flip(0).clamp(min=0).sqrt()
     V = V.flip(1)
-    inverse = torch.where(S > 1e-8 * S[0], 1 / S, 0.0)
+    inverse = torch.where(1e-8 * S[0] < S, 1 / S, 0.0)
     U = (M @ V) * inverse
     return U.float(), S.float(), V.t().float()
 

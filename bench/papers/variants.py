@@ -88,6 +88,7 @@ class VariantsAreEqual(Claim):
     read = ABSTRACT
     threshold = "all within 2% in bits per byte: reproduced; within 4%: partly"
     advice = "Spend the search on the learning rate, and not on the variant."
+    otherwise = "A variant can matter: compare them on your text, each at its best rate."
     differs = "The paper has four variants and tasks; here are four ways to scale, start and rate."
 
     def measure(self, lab):
@@ -133,7 +134,8 @@ class FasterB(Claim):
         "B at 16 times the rate of A learns 1% more of what full fine-tuning learns, and more "
         "than noise: reproduced; more than noise: partly"
     )
-    advice = "Try it when A and B share a rate that is too low for B; do not expect much."
+    advice = "Give B a larger rate than A."
+    otherwise = "Keep one rate for A and B."
     differs = "The argument is for very wide models; these have 384 channels."
 
     def measure(self, lab):
@@ -170,6 +172,7 @@ class RandomAIsBetter(Claim):
     read = ABSTRACT
     threshold = "more than noise: reproduced; within noise: partly"
     advice = "Keep the usual way, A random and B zero."
+    otherwise = "Either way works; the usual one has A random."
     differs = "The factors start in the same range here, U(±1/√fan-in), whichever is random."
 
     def measure(self, lab):
@@ -209,7 +212,8 @@ class RateTransfersToFull(Claim):
     paper = "one configuration lets the rate transfer to full fine-tuning"
     read = ABSTRACT
     threshold = "within a factor of 2 for every rank: reproduced; for some: partly"
-    advice = "Do not count on it in a small model; ten times is the better guess."
+    advice = "Find the rate for full fine-tuning with such a LoRA, which is cheaper."
+    otherwise = "Do not count on it in a small model."
     differs = "The transfer is derived for the limit of wide models and large ranks."
 
     def measure(self, lab):
@@ -249,6 +253,7 @@ class LargeBatchesHurt(Claim):
         "than noise for a low and a high rank: reproduced; for one of them: partly"
     )
     advice = "With LoRA, prefer more steps with small batches."
+    otherwise = "The batch matters to LoRA about as much as to full fine-tuning."
     differs = "At equal epochs the largest batch has a quarter of the steps, 30 in all."
 
     def measure(self, lab):

@@ -89,8 +89,7 @@ class LowRankDoesTheWork(Claim):
     read = NOTES
     threshold = "ΔW cut to rank 8 keeps 95% of the gain: reproduced; 80%: partly"
     advice = (
-        "LoRA trained at a rank is better than ΔW cut to that rank: it can choose its "
-        "directions while it learns."
+        "Compare the two curves: LoRA chooses its directions while it learns, a cut cannot."
     )
     differs = "Full fine-tuning with frozen embeddings, so that only matrices are compared."
 
@@ -148,6 +147,7 @@ class SharedFirstDirection(Claim):
         "eight by less: reproduced; one of the two: partly"
     )
     advice = "Much of a high rank is not used."
+    otherwise = "Two ranks find different directions, and both do the work."
     differs = "The two runs differ in seed as well as in rank."
 
     def measure(self, lab):
@@ -327,7 +327,8 @@ class SmallerIntruders(Claim):
         "is undone for the same learning than by making all of ΔW smaller: reproduced; "
         "the first two: partly"
     )
-    advice = "To forget less after training, scale the whole update; it is as good and simpler."
+    advice = "Shrink the intruders after training, to forget less."
+    otherwise = "It is no free way to forget less here; compare it with scaling all of ΔW."
     differs = "In a small model ΔW is large relative to W, and the intruders carry the style."
 
     factors = (0.7, 0.3)
@@ -357,9 +358,9 @@ class SmallerIntruders(Claim):
         """{name: (learned, forgotten)}, relative to LoRA as it is."""
         means = {}
         for name, points in found["points"].items():
-            means[name] = [
-                statistics.fmean(point[key] for point in points) for key in ("learned", "forgotten")
-            ]
+            learned = statistics.fmean(point["learned"] for point in points)
+            forgotten = statistics.fmean(point["forgotten"] for point in points)
+            means[name] = learned, forgotten
         learned, forgotten = means["LoRA"]
         relative = {}
         for name, (its_learned, its_forgotten) in means.items():
