@@ -26,14 +26,13 @@ from bench.papers.all_claims import CLAIMS
 from bench.papers.arms import FULL_SIZE, MINI
 from bench.papers.claim import NOT_TESTABLE, Verdict
 from bench.papers.laboratory import Laboratory, OutOfTime
+from bench.papers.page import RESULTS
 from bench.papers.plan import plan
 from lab.console import aligned, bullet, device_name, say
 from lab.files import read_json, write_json
 from lab.settings import pick_device
 
-ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / "bench" / "results" / "claims.json"
-CACHE = ROOT / "out" / "claims"
+CACHE = Path(__file__).resolve().parents[1] / "out" / "claims"
 
 
 def parse_args(argv=None):
@@ -48,14 +47,14 @@ def parse_args(argv=None):
     add("--again", action="store_true", help="test finished claims again, with the same runs")
     add("--limit-minutes", type=float, default=float("inf"),
         help="begin no run after this time; default: no limit")
-    add("--out", type=Path, default=OUT, help="default: bench/results/claims.json")
+    add("--out", type=Path, default=RESULTS, help="default: bench/results/claims.json")
     add("--cache", type=Path, default=CACHE, help="of bases and runs; default: out/claims")
     args = parser.parse_args(argv)
     names = [claim.id for claim in CLAIMS]
     for name in args.only or ():
         if name not in names:
             parser.error(f"unknown claim {name!r}; choose from {', '.join(names)}")
-    if args.mini and args.out == OUT and not args.plan:
+    if args.mini and args.out == RESULTS and not args.plan:
         parser.error("--mini needs an --out of its own: its numbers mean nothing")
     return args
 

@@ -1,4 +1,5 @@
 """The claims of papers: judges on planted results, the laboratory, and all of it in mini."""
+import copy
 import importlib.util
 import json
 import math
@@ -21,16 +22,19 @@ from bench.papers.laboratory import (
     read_limited,
     vertex,
 )
+from bench.papers.machine import settings_of_arm
 from bench.papers.page import RULES, advice_of, page, verdict_of, write_page
 from bench.papers.plan import PlanLaboratory, plan
 from lora_minimal import find_lora_layers, lora_layers
+from train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def command():
-    """The module bench/claims.py."""
-    spec = importlib.util.spec_from_file_location("claims_command", ROOT / "bench" / "claims.py")
+def command(name="claims"):
+    """The module bench/<name>.py."""
+    path = ROOT / "bench" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_command", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -431,6 +435,19 @@ def test_a_machine_used_again_gives_what_a_new_one_gives(lab, arm):
     assert any((p - machine.start[name]).abs().max() > 0 for name, p in first.items())
 
 
+@pytest.mark.parametrize("arm", [Arm(), Arm(method="full")], ids=lambda arm: arm.method)
+def test_a_machine_trains_as_train_does(lab, arm, tmp_path):
+    machine = lab.machine(arm)
+    settings = replace(settings_of_arm(arm, MINI, "cpu"), lr=0.02, seed=4, eval_every=MINI.steps)
+    machine.reset(0.02, 4, MINI.steps)
+    model = copy.deepcopy(machine.model)            # at the beginning
+    machine.run(lab.batches_of(arm, seed=4), 0.02, 4, [], None)
+    curve = train(model, lab.corpora("pirate")["train"], settings, tmp_path)
+    assert curve[-1]["bpb"] < curve[0]["bpb"]       # so the last weights are kept
+    for name, p in model.named_parameters():
+        assert torch.equal(p, machine.model.get_parameter(name)), name
+
+
 def test_slices_have_adapters_of_their_own(lab):
     machine = lab.machine(Arm(matrices="qv", r=2))
     machine.run(lab.batches_of(Arm(), seed=1), 0.1, 1, [], None)
@@ -636,6 +653,16 @@ def test_the_page_is_written_with_its_pictures(mini, tmp_path):
     for path in pictures:
         assert f"({path.name})" in written.read_text(encoding="utf-8")
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_gets_the_rules_between_its_markers(mini):
+    results, _ = mini
+    with_rules = command("claims_page").with_rules
+    before = (ROOT / "README.md").read_text(encoding="utf-8")
+    after = with_rules(before, results)
+    assert "(docs/claims.md#ten-times)" in after
+    assert with_rules(after, results) == after
+    assert after.startswith(before.split("<!-- made by bench/claims_page.py")[0])
 
 
 def test_advice_depends_on_the_verdict():

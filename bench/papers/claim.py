@@ -87,7 +87,11 @@ class Claim:
 
 def spread(values):
     """{"mean", "std" (of a sample), "values"} of a list of numbers."""
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    std = 0.0
+    if not all(map(math.isfinite, values)):
+        std = math.inf                          # a run diverged
+    elif len(values) > 1:
+        std = statistics.stdev(values)
     return {"mean": statistics.fmean(values), "std": std, "values": values}
 
 

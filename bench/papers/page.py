@@ -14,6 +14,7 @@ from bench.papers.all_claims import CLAIMS
 from bench.papers.claim import NOT_TESTABLE, REPRODUCED, Verdict
 from lab.files import replacing
 
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "claims.json"
 COLUMNS = 3
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -110,15 +111,18 @@ def table(claims, results, page=""):
     return "\n".join(lines)
 
 
-def rules(results):
-    """The rules of thumb as a list of Markdown, each with the verdicts it stands on."""
+def rules(results, page=""):
+    """The rules of thumb as a list of Markdown, each with the verdicts it stands on.
+
+    `page` is the address of claims.md.
+    """
     lines = []
     for name, (text, claims) in RULES.items():
         links = []
         for id in claims:
             if id in results["claims"]:
                 word = verdict_of(by_name(id), results["claims"][id]).word
-                links.append(f"[{id}](#{id}): {word}")
+                links.append(f"[{id}]({page}#{id}): {word}")
         lines.append(f"- **{name}:** {text} ({'; '.join(links) or 'not tested yet'})")
     return "\n".join(lines)
 

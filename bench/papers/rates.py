@@ -211,7 +211,10 @@ class RateAgainstRank(Claim):
     )
     source = f"{CHEN}, Corollary 4.4"
     paper = "exponents 0, -0.25 and -0.5"
-    read = NOTES
+    read = (
+        "the abstract was read (in one setting the rate does not depend on the rank, in "
+        "another it falls with it); the exponents are " + NOTES
+    )
     threshold = "each exponent within 0.15: reproduced; some of them: partly"
     advice = "Prefer the rule with the exponent nearest to 0: under it a rate survives longest."
     differs = "The theory is for wide models; three ranks fix an exponent only roughly."

@@ -89,7 +89,7 @@ class VariantsAreEqual(Claim):
     threshold = "all within 2% in bits per byte: reproduced; within 4%: partly"
     advice = "Spend the search on the learning rate, and not on the variant."
     otherwise = "A variant can matter: compare them on your text, each at its best rate."
-    differs = "The paper has four variants and tasks; here are four ways to scale, start and rate."
+    differs = "The paper has other variants, and tasks; here are four ways to scale and begin."
 
     def measure(self, lab):
         r = lab.scale.high_rank
@@ -210,7 +210,7 @@ class RateTransfersToFull(Claim):
     )
     source = CHEN
     paper = "one configuration lets the rate transfer to full fine-tuning"
-    read = ABSTRACT
+    read = "the abstract was read; which configuration it is, " + NOTES
     threshold = "within a factor of 2 for every rank: reproduced; for some: partly"
     advice = "Find the rate for full fine-tuning with such a LoRA, which is cheaper."
     otherwise = "Do not count on it in a small model."
