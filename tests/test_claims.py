@@ -23,7 +23,7 @@ from bench.papers.laboratory import (
     vertex,
 )
 from bench.papers.machine import settings_of_arm
-from bench.papers.page import RULES, advice_of, page, verdict_of, write_page
+from bench.papers.page import RESULTS, RULES, advice_of, page, verdict_of, write_page
 from bench.papers.plan import PlanLaboratory, plan
 from lora_minimal import find_lora_layers, lora_layers
 from train import train
@@ -663,6 +663,21 @@ def test_the_readme_gets_the_rules_between_its_markers(mini):
     assert "(docs/claims.md#ten-times)" in after
     assert with_rules(after, results) == after
     assert after.startswith(before.split("<!-- made by bench/claims_page.py")[0])
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="there are no results yet")
+def test_the_committed_texts_are_those_of_the_results(capsys):
+    assert command("claims_page").main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="there are no results yet")
+def test_the_committed_verdicts_follow_from_their_numbers():
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert results["scale"] == "full"
+    assert results["claims"].keys() == {claim.id for claim in CLAIMS}
+    for claim in CLAIMS:
+        entry = results["claims"][claim.id]
+        assert verdict_of(claim, entry).word == entry["verdict"], claim.id
 
 
 def test_advice_depends_on_the_verdict():

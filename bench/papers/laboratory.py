@@ -22,6 +22,7 @@ from bench.papers.machine import Machine, choose_parameters, settings_of_arm
 from data import HELDOUT, Batches, read_text, tokenize
 from data.bpe import train_bpe
 from gpt import GPT, GPTConfig
+from lab.console import device_name
 from lab.files import MODEL_CONFIG, TOKENS, read_json, write_json
 from lab.gpt2_files import fingerprint
 from lab.models import load_model, save_model
@@ -104,6 +105,7 @@ class Laboratory:
 
     def __init__(self, dir, scale, device, deadline=math.inf):
         self.dir, self.scale, self.device = Path(dir), scale, device
+        self.device_name = device_name(device)
         self.deadline = deadline
         self.machines = OrderedDict()       # {Arm: Machine}, the one used last at the end
         self.texts = {}
@@ -150,9 +152,10 @@ class Laboratory:
         return copy.deepcopy(self.models[key])
 
     def corpora(self, text):
-        """The Corpus of each part of a text: {"choose", "report", "train"}.
+        """The Corpus of each part of a text, which holds that part out, for evaluate().
 
-        Each has its part as the held-out text, for evaluate().
+        {"choose", "report": the halves of the held-out text, "train", "forgetting": both
+        halves}
         """
         if text not in self.texts:
             if self.encoding is None:
@@ -198,17 +201,24 @@ class Laboratory:
         return self.results[key]
 
     def key(self, arm, k, seed):
-        """The name of a run in the cache: what differs from Arm(), the rate, seed and base."""
+        """The name of a run in the cache: all that its result depends on.
+
+        That is what differs from Arm(), the rate, the seed, a hash of the settings, the
+        device, and the weights of the base.
+        """
         changed = {}
         for f in fields(Arm):
             if getattr(arm, f.name) != f.default:
                 changed[f.name] = getattr(arm, f.name)
+        settings = repr(settings_of_arm(arm, self.scale, self.device))
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
         _, base = self.base_and_fingerprint(arm.width or self.scale.width)
-        return json.dumps([changed, k, seed, self.scale.name, str(self.device), base])
+        return json.dumps([changed, k, seed, digest, self.device_name, base])
 
     def make_run(self, arm, k, seed, rich):
         machine = self.machine(arm)
         batches = self.batches_of(arm, seed)
+        dtype = machine.settings.dtype
         steps = len(batches[0])
         parts = 6 if rich else 3
         points = sorted({max(1, round(steps * i / parts)) for i in range(1, parts + 1)})
@@ -216,9 +226,8 @@ class Laboratory:
         def measure():
             scores = {}
             for part in ("choose", "report"):
-                scores[part] = self.bpb(machine.model, arm.text, part, machine.settings.dtype)
+                scores[part] = self.bpb(machine.model, arm.text, part, dtype)
             if rich:
-                dtype = machine.settings.dtype
                 scores["base"] = self.bpb(machine.model, BASE_TEXT, "forgetting", dtype)
             return scores
 
@@ -229,7 +238,6 @@ class Laboratory:
         early = losses[:self.scale.early].tolist()
         result["losses"] = [loss if math.isfinite(loss) else None for loss in early]
         if rich:
-            dtype = machine.settings.dtype
             result["train"] = self.bpb(machine.model, arm.text, "train", dtype)
         return result
 

@@ -343,8 +343,9 @@ class SmallerIntruders(Claim):
                 changed = shrink_intruders(weights, base, factor)
                 scores[f"intruders × {factor}"] = lab.score_of(changed)
             for factor in (0.9, 0.8, 0.7):
-                smaller = {name: base[name] + factor * (weights[name] - base[name])
-                           for name in weights}
+                smaller = {}
+                for name, W in base.items():
+                    smaller[name] = W + factor * (weights[name] - W)
                 scores[f"ΔW × {factor}"] = lab.score_of(smaller)
             for name, score in scores.items():
                 point = {
@@ -372,8 +373,9 @@ class SmallerIntruders(Claim):
         learned, forgotten = means["intruders × 0.7"]
         texts, is_better = [], True
         for name, (its_learned, its_forgotten) in means.items():
-            texts.append(f"{name}: learned {percent(its_learned)}, forgotten "
-                         f"{percent(its_forgotten)}")
+            texts.append(
+                f"{name}: learned {percent(its_learned)}, forgotten {percent(its_forgotten)}"
+            )
             if name.startswith("ΔW") and its_learned >= learned:
                 is_better = is_better and forgotten < its_forgotten
         works = forgotten <= 0.9 and learned >= 0.98
