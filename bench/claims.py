@@ -28,7 +28,7 @@ from bench.papers.claim import NOT_TESTABLE, Verdict
 from bench.papers.laboratory import Laboratory, OutOfTime
 from bench.papers.page import RESULTS
 from bench.papers.plan import plan
-from lab.console import aligned, bullet, device_name, say
+from lab.console import aligned, bullet, device_name, prepare_streams, say
 from lab.files import read_json, write_json
 from lab.settings import pick_device
 
@@ -156,4 +156,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    prepare_streams()
     sys.exit(main())

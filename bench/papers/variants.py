@@ -41,7 +41,7 @@ class LowRateNeedsRoot(Claim):
         "from the second-lowest to the highest rank, α/√r gains at least three times what α/r "
         "gains, and more than noise: reproduced; it gains more, but less than that: partly"
     )
-    advice = "If a larger rank does not help you, search for the rate before you doubt the rank."
+    advice = "If a larger rank does not help, search for the rate again before you doubt the rank."
     differs = "The two rules are made equal at r = 8; an eighth of the usual rate counts as low."
 
     def measure(self, lab):
@@ -82,7 +82,7 @@ class LowRateNeedsRoot(Claim):
 
 class VariantsAreEqual(Claim):
     group = "Variants"
-    sentence = "With the best rate of each, variants of LoRA end equally good."
+    sentence = "At its own best rate, each variant of LoRA ends as good as the others."
     source = LEE
     paper = "within 1 to 2%"
     read = ABSTRACT
@@ -126,7 +126,7 @@ class VariantsAreEqual(Claim):
 
 class FasterB(Claim):
     group = "Variants"
-    sentence = "A larger rate for B than for A (LoRA+) ends better."
+    sentence = "LoRA+, a larger rate for B than for A, gives a better result."
     source = "Hayou et al. 2024 (LoRA+, arXiv 2402.12354), abstract"
     paper = "1 to 2% better, up to twice as fast"
     read = ABSTRACT
