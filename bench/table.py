@@ -48,6 +48,8 @@ def read_results():
     results = []
     for path in sorted((ROOT / "bench" / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
+        if "rows" not in result:            # of another benchmark
+            continue
         name = result["shape"]
         result["shape"] = OLD_NAMES.get((name, result["batch"]), name)
         results.append(result)
