@@ -327,9 +327,17 @@ def merge_lora(model):
     The original weights are kept until unmerge_lora or remove_lora. The sum is
     rounded to the dtype of the weight: a bfloat16 weight loses updates smaller than
     half the distance between two of its numbers. A second call changes nothing.
-    Raises ValueError if the model has no LoRA, or it is switched off.
+    Raises ValueError, and changes nothing, if the model has no LoRA, it is switched
+    off, or a weight is not of a float type.
     """
-    for layer in active_layers(model).values():
+    layers = active_layers(model)
+    for path, layer in layers.items():
+        if not layer.weight.is_floating_point():
+            raise ValueError(
+                f"{path} keeps its weight as {layer.weight.dtype}, which cannot hold the "
+                "sum; load the adapter for the base in float weights, and merge it there"
+            )
+    for layer in layers.values():
         merge(layer)
 
 
@@ -556,7 +564,8 @@ def reason_against_parameters(model, module):
         return "its weight or bias is computed (weight_norm, pruning, ...); remove that first"
     if module._parameters.keys() - {"weight", "bias"} or module._modules:
         return "it has parameters or modules other than its weight and bias"
-    if not weight.is_floating_point() or weight.element_size() < 2:
+    is_float = weight.is_floating_point() and weight.element_size() >= 2
+    if not is_float and type(module) in known_classes():    # other classes have their own
         return f"its weight is {weight.dtype}; convert it to a float type first"
     if weight_uses(model)[id(weight)] > 1:
         return (

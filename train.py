@@ -60,6 +60,7 @@ from lab.files import (
     without_password,
 )
 from lab.gpt2_files import fingerprint
+from lab.loss_scale import LossScale
 from lab.models import (
     PROMPT,
     add_lora,
@@ -117,6 +118,7 @@ class Step:
         self.averaging = Averaging(callable_model, trained, settings.fsdp)
         self.can_be_captured = can_be_captured(settings, self.device)
         self.optimizers = make_optimizers(self.trained, settings, self.can_be_captured)
+        self.loss_scale = LossScale(settings.dtype == "float16", self.device)
         self.skipped = torch.zeros((), device=self.device)              # steps: see update()
         self.skipped_in_a_row = torch.zeros((), device=self.device)
 
@@ -146,7 +148,7 @@ class Step:
 
     def backward(self, loss):
         """Add the gradients of the loss to those of the trained parameters."""
-        loss.backward()
+        self.loss_scale.scaled(loss).backward()
 
     def update(self):
         """Clip the gradients and move the weights.
@@ -155,12 +157,14 @@ class Step:
         is counted in `skipped`.
         """
         self.averaging.finish()
+        self.loss_scale.unscale(self.trained.values())
         limit = self.settings.grad_clip or math.inf             # 0: no clipping
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
         bad = ~norm.isfinite()      # a tensor: an `if` would make the CPU wait for the GPU
         self.skipped += bad
-        self.skipped_in_a_row += 1
+        self.skipped_in_a_row += self.loss_scale.is_at_its_smallest()
         self.skipped_in_a_row *= bad            # back to 0 after a good step
+        self.loss_scale.update(bad)
         for optimizer in self.optimizers:
             step_unless(bad, optimizer)
             optimizer.zero_grad()
@@ -197,11 +201,13 @@ def can_be_captured(settings, device):
 def autocast(model, dtype):
     """A context in which a float32 model computes matrix products in `dtype`.
 
-    dtype is "float32" or "bfloat16". A model stored in bfloat16 needs no autocast.
+    dtype is "float32", "bfloat16" or "float16". A model stored in 16 bits needs no
+    autocast.
     """
     weight = next(model.parameters())
-    enabled = dtype == "bfloat16" and weight.dtype == torch.float32
-    return torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=enabled)
+    low = getattr(torch, dtype)
+    enabled = low != torch.float32 and weight.dtype == torch.float32
+    return torch.autocast(weight.device.type, dtype=low if enabled else None, enabled=enabled)
 
 
 @torch.no_grad()
@@ -344,7 +350,7 @@ def tune(base, data, out, method="lora", r=8, alpha=16.0, target_modules=TARGETS
         raise UsageError("--fsdp divides a frozen base; it needs --method lora")
     where = "cpu" if settings.fsdp else device          # shard() moves it to the GPUs
     model, encoding, _ = together(
-        load_model, base, where, settings.dropout, settings.base_dtype
+        load_model, base, where, settings.dropout, settings.base_dtype, settings.dtype
     )
     settings = fit_to_base(settings, model.config, device, chosen)
     corpus = together(load_corpus, data, encoding, cache_dir, settings.block_size, fresh)
@@ -430,7 +436,11 @@ def tune_both_ways(base, data, out, device, options):
     for method, name in METHODS.items():
         title = name[0].upper() + name[1:]          # capitalize() would write "Lora"
         headline(f"{title} on {name_of(data)}")
-        records[method] = tune(base, data, Path(out, method), method, **options)
+        if method == "full":
+            own = {**options, "base_dtype": None}   # it has no frozen base
+        else:
+            own = options
+        records[method] = tune(base, data, Path(out, method), method, **own)
     return records
 
 
@@ -509,7 +519,7 @@ def pretrain_base(out, preset, prompt, device, **options):
         f"Everything is written to {out}.")
     headline("Pretraining a GPT from scratch on tales")
     base = Path(out, "base")
-    options = {**options, "cache_dir": out, "resume": MAY}
+    options = {**options, "cache_dir": out, "resume": MAY, "base_dtype": None}
     pretrain("tales", base, preset, prompt, device, **options)
     return base
 

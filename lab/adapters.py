@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lab.files import some
+from lab.nf4 import lora_classes
 from lab.peft_files import check_classes, check_fit, check_same_settings, read_adapter
 from lora_minimal import (
     adapt_layers,
@@ -28,7 +29,6 @@ from lora_minimal import (
     check_settings,
     find_lora_layers,
     find_targets,
-    known_classes,
     unmerge,
 )
 
@@ -191,7 +191,7 @@ class Adapters:
     def add(self, name, r=8, alpha=16, target_modules=("c_attn", "c_proj", "c_fc"),
             dropout=0.0, use_rslora=False):
         """Make a new adapter, as apply_lora does, and use it. Returns the layers' paths."""
-        paths = find_targets(self.model, target_modules, known_classes())
+        paths = find_targets(self.model, target_modules, lora_classes())
         settings = {"r": r, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
         self._add(name, dict.fromkeys(paths, settings))
         return paths
@@ -225,10 +225,10 @@ class Adapters:
         for path, arguments in settings.items():
             check_settings(**arguments)
             if path in new:
-                check_can_adapt(self.model, path, known_classes())
+                check_can_adapt(self.model, path, lora_classes())
         self.use(None)          # so that the adapter in use is not frozen with the base
         if new:
-            adapt_layers(self.model, new, known_classes())
+            adapt_layers(self.model, new, lora_classes())
         parts = {}
         for path, arguments in settings.items():
             layer = self.model.get_submodule(path)

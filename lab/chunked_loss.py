@@ -47,7 +47,7 @@ class ChunkedLoss(torch.autograd.Function):
         precise = torch.float32 if dtype.itemsize < 4 else dtype    # for sums and logarithms
         with torch.autocast(device, enabled=False):
             valid = targets != IGNORED
-            weights = (valid / valid.sum()).to(precise)     # (N,): a token's share of the mean
+            n_valid = valid.sum()
             targets = targets.where(valid, 0)[:, None]      # (N, 1)
             x_low = x.to(dtype)
             W_low = padded_to_multiple_of_8(W.to(dtype))    # (V + padding, C)
@@ -63,17 +63,17 @@ class ChunkedLoss(torch.autograd.Function):
                 log_p = logits[:, :V].log_softmax(dim=-1, dtype=precise)
                 log_p_target = log_p.gather(1, targets[part])               # (n, 1)
                 # Not in place: torch.compile of torch 2.11 would lose the gradients.
-                loss = loss - (log_p_target.squeeze(1) * weights[part]).sum()
+                loss = loss - (log_p_target.squeeze(1) * valid[part]).sum()
                 if wants_gradients:
                     logits = to_gradient(logits, log_p, log_p_target, targets[part])
-                    dx.append(logits @ W_low)               # weighted below, all at once
+                    dx.append(logits @ W_low)               # of ignored tokens, too
                 if head_trains:
-                    x_weighted = (x_low[part] * weights[part, None]).to(dtype)
-                    dW = added(dW, (logits.t() @ x_weighted)[:V])
+                    x_valid = x_low[part] * valid[part, None]
+                    dW = added(dW, (logits.t() @ x_valid)[:V])
                 del logits, log_p                           # before the next ones are made
             if wants_gradients:
-                ctx.save_for_backward(torch.cat(dx) * weights[:, None].to(dtype), dW)
-        return loss
+                ctx.save_for_backward(torch.cat(dx) * valid[:, None], dW, n_valid)
+        return loss / n_valid
 
     @staticmethod
     def backward(ctx, g):
@@ -81,9 +81,12 @@ class ChunkedLoss(torch.autograd.Function):
             raise RuntimeError(
                 "ChunkedLoss has no second derivative; the loss with loss_chunk = 0 has"
             )
-        dx, dW = ctx.saved_tensors
-        dx = (dx * g).to(ctx.dtype)
-        dW = None if dW is None else dW * g
+        dx, dW, n_valid = ctx.saved_tensors
+        # The mean is taken here, and not before, because g may be large: in float16 a
+        # gradient divided by n_valid could be lost before it is scaled (lab/loss_scale.py).
+        share = g / n_valid
+        dx = (dx * share).to(ctx.dtype)
+        dW = None if dW is None else dW * share
         return dx, dW, None, None, None
 
 

@@ -16,6 +16,7 @@ from lab.files import name_of, without_password
 from lab.gpt2_files import model_dir, weight_files
 from lab.measure import measure
 from lab.models import as_list, continue_text, load_model
+from lab.nf4 import LAYERS
 from lab.parallel import from_first
 from lab.plot import plot_comparison
 from lab.predict import predict
@@ -55,9 +56,11 @@ def costs_of(records, base, device, corpus, make_step):
     steps = {}
     for method, record in records.items():
         settings, lora = settings_of(record), record["asked"]["lora"]
-        model, _, _ = load_model(base, device, settings.dropout, settings.base_dtype)
+        model, _, _ = load_model(
+            base, device, settings.dropout, settings.base_dtype, settings.dtype
+        )
         if lora is not None:
-            apply_lora(model, **lora)
+            apply_lora(model, **lora, layers=LAYERS)
         steps[method] = make_step(model.train(), settings)
     return measure_costs(steps, corpus)
 

@@ -21,6 +21,7 @@ from lab.files import (
     some,
     write_weights,
 )
+from lab.nf4 import quantize, quantize_linears
 
 # What gpt.py implements, in the terms of transformers: the values that config.json
 # may have. The first is what is written.
@@ -111,8 +112,12 @@ def is_transposed(name):
 
 # ---- reading -----------------------------------------------------------------------
 
-def read_model(cls, name_or_dir, dropout=None):
-    """GPT.from_pretrained. Holds one tensor of the files at a time, beside the model."""
+def read_model(cls, name_or_dir, dropout=None, device="cpu", dtype=torch.float32, nf4=False):
+    """GPT.from_pretrained, on a device and with weights of a float dtype.
+
+    With nf4 the matrices of the blocks are kept in four bits (lab/nf4.py), and the model
+    is frozen. Holds one tensor of the files at a time, beside the model.
+    """
     dir = model_dir(name_or_dir)
     config = read_config(dir / files.MODEL_CONFIG, dropout)
     stored = find_tensors(dir)
@@ -127,7 +132,10 @@ def read_model(cls, name_or_dir, dropout=None):
     check_shapes(dir, config, stored)
     with torch.device("meta"):
         model = cls(config)                 # takes no memory, and no time to initialize
-    model.to_empty(device="cpu")
+    model.to(dtype)
+    if nf4:
+        quantize_linears(model)             # layers without content yet, like the others
+    model.to_empty(device=device)
     model.lm_head.weight = model.transformer.wte.weight         # to_empty has untied them
     own = dict(model.named_parameters())
     for name, tensor in stored.items():
@@ -137,9 +145,14 @@ def read_model(cls, name_or_dir, dropout=None):
             raise ValueError(f"{dir}: config.json says bias=false, but {name} is not zero")
     raw = read_json(dir / files.MODEL_CONFIG)
     model.special_tokens = {key: raw[key] for key in SPECIAL_TOKENS if key in raw}
-    if head is not None and not torch.equal(head.read().float(), model.lm_head.weight):
+    if head is not None and not equal_tensors(head, stored[EMBEDDING]):
         raise ValueError(f"{dir} has a head of its own; in GPT-2 it is the embedding (tied)")
     return model
+
+
+def equal_tensors(stored, other):
+    """Whether two StoredTensors have the same content."""
+    return torch.equal(stored.read().float(), other.read().float())
 
 
 class StoredTensor:
@@ -200,11 +213,21 @@ def fill(dir, name, p, stored):
     tensor = stored.read()
     if not tensor.is_floating_point():
         raise ValueError(f"{dir}: {name} is {tensor.dtype}; expected a float type")
-    p.copy_(tensor.t() if is_transposed(name) else tensor)
-    if not p.isfinite().all():
+    tensor = tensor.to(p.device)
+    if not tensor.isfinite().all():
         raise ValueError(
             f"{dir}: {name} contains NaN or infinity; the file is damaged, or its "
             "training diverged"
+        )
+    tensor = tensor.t() if is_transposed(name) else tensor
+    if p.is_floating_point():
+        p.copy_(tensor)
+    else:
+        p.copy_(quantize(tensor))
+    if p.is_floating_point() and not p.isfinite().all():
+        raise ValueError(
+            f"{dir}: {name} has numbers too large for {p.dtype}; choose another "
+            "--base-dtype"
         )
 
 

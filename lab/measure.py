@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_iter
 from tqdm import tqdm
 
 from lab.capture import WARMUP, captured
+from lab.nf4 import parameter_count
 
 
 def measure(steps, x, y):
@@ -33,7 +34,7 @@ def measure(steps, x, y):
     for name, step in steps.items():
         results[name] = {
             "trainable_params": sum(p.numel() for p in step.trained.values()),
-            "total_params": sum(p.numel() for p in step.model.parameters()),
+            "total_params": parameter_count(step.model),
             "memory": memory[name],
             "time": times[name],
             "tokens_per_s": x.numel() / times[name]["step_ms"] * 1000,

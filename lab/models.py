@@ -13,12 +13,13 @@ from lab.adapters import Adapters
 from lab.chunked_loss import chunked_loss
 from lab.console import WIDTH, say, shell_quoted, side_by_side
 from lab.files import name_of, sha256_of
-from lab.gpt2_files import fingerprint, model_dir, write_model
+from lab.gpt2_files import fingerprint, model_dir, read_model, write_model
+from lab.nf4 import LAYERS, HasNF4Weight, lora_classes
 from lab.parallel import check_equal, from_first, together
 from lab.runs import MAY, open_run, read_record
 from lab.settings import UsageError, default_loss_chunk, pick_device
 from lab.tokenizer_files import load_tokenizer, save_tokenizer
-from lora_minimal import apply_lora, find_targets, known_classes, merge_lora, remove_lora, save_lora
+from lora_minimal import apply_lora, find_targets, merge_lora, remove_lora, save_lora
 
 PROMPT = "The old lighthouse"
 LONGEST_PROMPT = 2**16      # characters that are encoded at a time
@@ -31,8 +32,12 @@ A GPT-2 of {n:,} parameters. Load it with `transformers.GPT2LMHeadModel.from_pre
 """
 
 
-def load_model(base, device, dropout=0.0, dtype="float32"):
+def load_model(base, device, dropout=0.0, dtype="float32", compute_dtype="float32"):
     """Load a base model: a directory, or the name of a GPT-2.
+
+    dtype           of the weights: "float32", "bfloat16", "float16", or "nf4" for the matrices
+                    of the blocks in four bits (lab/nf4.py)
+    compute_dtype   with nf4, the dtype of the embeddings, norms and biases
 
     Returns the model in eval mode on its device, its tokenizer, and the name of the
     text that it was trained on last, or None. Its loss is computed in chunks, so
@@ -40,7 +45,9 @@ def load_model(base, device, dropout=0.0, dtype="float32"):
     do not belong together.
     """
     dir = model_dir(base)
-    model = GPT.from_pretrained(dir, dropout=dropout)
+    nf4 = dtype == "nf4"
+    float_dtype = getattr(torch, compute_dtype if nf4 else dtype)
+    model = read_model(GPT, dir, dropout, device, float_dtype, nf4)
     encoding = load_tokenizer(dir)
     if encoding.n_vocab > model.config.vocab_size:
         raise ValueError(
@@ -49,7 +56,7 @@ def load_model(base, device, dropout=0.0, dtype="float32"):
         )
     model.loss = partial(chunked_loss, chunk=default_loss_chunk(device, head_trains=False))
     trained_on = read_record(dir).get("asked", {}).get("data")
-    return model.to(device, getattr(torch, dtype)).eval(), encoding, trained_on
+    return model.eval(), encoding, trained_on
 
 
 def load_corpus(data, encoding, cache_dir, block_size, refresh=False):
@@ -116,16 +123,24 @@ def check_texts(sources, base_text, cache_dir):
 def add_lora(model, lora):
     """apply_lora(model, **lora). Raises UsageError if it cannot be done."""
     try:
-        for path in find_targets(model, lora["target_modules"], known_classes()):
-            weight = getattr(model.get_submodule(path), "weight", None)
-            if weight is not None and lora["r"] > min(weight.shape):
+        for path in find_targets(model, lora["target_modules"], lora_classes()):
+            shape = shape_of_weight(model.get_submodule(path))
+            if shape is not None and lora["r"] > min(shape):
                 raise ValueError(
                     f"--r {lora['r']} exceeds the smaller side of {path}, "
-                    f"{tuple(weight.shape)}; choose a smaller rank"
+                    f"{shape}; choose a smaller rank"
                 )
-        apply_lora(model, **lora)
+        apply_lora(model, **lora, layers=LAYERS)
     except ValueError as error:
         raise UsageError(error) from error
+
+
+def shape_of_weight(module):
+    """The shape of a module's weight, or None if it has none."""
+    if isinstance(module, HasNF4Weight):
+        return (module.out_features, module.in_features)
+    weight = getattr(module, "weight", None)
+    return None if weight is None else tuple(weight.shape)
 
 
 def save_model(model, encoding, dir):
@@ -241,13 +256,19 @@ def as_list(paths):
 def merge(base, adapter, out, fresh=False):
     """Merge an adapter into its base: write a plain model directory. Returns the record.
 
-    The sum is computed and stored in float32, whatever dtype the base trained in.
+    The sum is computed and stored in float32, whatever dtype the base trained in. An
+    adapter that was tuned on the base in four bits is added to the base's own weights,
+    too, so it meets slightly other weights than it was tuned with.
     """
     if not isinstance(adapter, (str, Path)):
         [adapter] = adapter
     keep_apart(out, base, adapter)
     model, encoding, trained_on = load_model(base, "cpu")
     load_voices(model, base, {"voice": adapter})
+    settings = read_record(adapter).get("asked", {}).get("settings", {})
+    if settings.get("base_dtype") == "nf4":
+        say(f"note: {adapter} was tuned on the base in four bits, and is added to the base's "
+            "own weights; its bits per byte may differ slightly from those in training")
     adapter_files = (Path(adapter, files.ADAPTER), Path(adapter, files.ADAPTER_CONFIG))
     asked = {
         "data": trained_on, "base": fingerprint(base), "adapter": str(adapter),

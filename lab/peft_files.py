@@ -28,13 +28,13 @@ from lab.files import (
     some,
     write_weights,
 )
+from lab.nf4 import lora_classes
 from lora_minimal import (
     active_layers,
     adapt_layers,
     check_state,
     find_lora_layers,
     is_lora,
-    known_classes,
     load_lora_state_dict,
     scaling_of,
 )
@@ -138,7 +138,7 @@ def check_scaling(layers):
 def check_classes(layers):
     """Raises ValueError if a layer is a variant, with more than A and B in PEFT's format."""
     classes = {type(layer) for layer in layers.values()}
-    other = [each.__name__ for each in classes - set(known_classes().values())]
+    other = [each.__name__ for each in classes - set(lora_classes().values())]
     if other:
         raise ValueError(
             f"{some(other)} computes something else than LoRA: it cannot be saved in "
@@ -195,7 +195,7 @@ def load_lora(model, dir):
     if existing:
         check_same_settings(existing, settings, dir, "call remove_lora(model) first")
     else:
-        adapt_layers(model, settings, known_classes())
+        adapt_layers(model, settings, lora_classes())
     load_lora_state_dict(model, {name: state[name] for name in names_of(settings)})
     return list(settings)
 
@@ -344,7 +344,7 @@ def check_fit(model, dir, settings, state):
     are accepted if they are equal to the model's, and dropped.
     """
     modules = dict(model.named_modules())
-    classes = known_classes()
+    classes = lora_classes()
     shapes = {}
     for path, arguments in settings.items():
         module = modules.get(path)

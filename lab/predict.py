@@ -5,6 +5,7 @@ Letters: B windows of T tokens, C channels (n_embd), V vocabulary entries, r ran
 """
 from torch import nn
 
+from lab.nf4 import HasNF4Weight
 from lora_minimal import LoRALinear
 
 
@@ -23,17 +24,48 @@ def adapted_layers(model):
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
+def numbers(layer):
+    """How many numbers the weight of a linear layer stands for, in four bits or not."""
+    return layer.in_features * layer.out_features
+
+
 # ---- memory ------------------------------------------------------------------------
 
 def predict_memory(step, x):
-    """{"weights", "gradients", "optimizer", "activations": bytes} of a step on x (B, T)."""
+    """{"weights", "gradients", "optimizer", "activations": bytes} of a step on x (B, T).
+
+    With a base in four bits also "transient", the largest weights dequantized at a time.
+    """
     trained = sum(p.nbytes for p in step.trained.values())
-    return {
+    predicted = {
         "weights": sum(p.nbytes for p in step.model.parameters()),
         "gradients": trained,
         "optimizer": 2 * trained,           # AdamW's two running means
         "activations": predict_activations(step, x),
     }
+    transient = bytes_of_dequantized(step)
+    if transient:
+        predicted["transient"] = transient
+    return predicted
+
+
+def bytes_of_dequantized(step):
+    """Bytes for a moment of a step, in a model whose weights are in four bits; else 0.
+
+    A weight is dequantized for each product. While that is done, there is also a 32-bit
+    index for each two numbers. With recomputing, the weights of a block stay until its
+    backward pass is done.
+    """
+    product_bytes = 4 if step.settings.dtype == "float32" else 2
+    index_bytes = 2             # half of a 32-bit index
+    layers = [m for m in step.model.modules() if isinstance(m, HasNF4Weight)]
+    if not layers:
+        return 0
+    largest = max(map(numbers, layers))
+    held = largest
+    if step.settings.recompute:
+        held = sum(map(numbers, layers)) // step.model.config.n_layer
+    return product_bytes * held + index_bytes * largest
 
 
 def predict_activations(step, x):
@@ -42,7 +74,7 @@ def predict_activations(step, x):
     Each kept tensor counts once, in the bytes of its dtype.
     """
     tokens = x.numel() // step.settings.accumulate
-    product_bytes = 2 if step.settings.dtype == "bfloat16" else 4
+    product_bytes = 4 if step.settings.dtype == "float32" else 2
     residual_bytes = next(step.model.parameters()).element_size()
     sizes = (step.model, step.settings, product_bytes, residual_bytes)
     total = tokens * (bytes_of_blocks(*sizes) + bytes_of_head(*sizes))
@@ -98,7 +130,7 @@ def bytes_of_casts(model, product_bytes):
     """Bytes of autocast's copies of the weights that autograd multiplies by."""
     adapted = adapted_layers(model)
     copied = [layer for layer in linear_layers(model) if layer not in adapted]
-    return product_bytes * sum(m.weight.numel() for m in copied if m is not model.lm_head)
+    return product_bytes * sum(numbers(m) for m in copied if m is not model.lm_head)
 
 
 # ---- operations --------------------------------------------------------------------
@@ -115,7 +147,7 @@ def predict_operations(step, x):
     model, config, tokens = step.model, step.model.config, x.numel()
     linears = linear_layers(model)
     trained = [layer for layer in linears if layer.weight.requires_grad]
-    products = 2 * tokens * sum(layer.weight.numel() for layer in linears)
+    products = 2 * tokens * sum(numbers(layer) for layer in linears)
     # q kᵀ and p v, each over half of the T tokens on average.
     attention = 2 * tokens * config.n_layer * config.n_embd * x.size(1)
     adapted = adapted_layers(model)
@@ -123,7 +155,7 @@ def predict_operations(step, x):
     return {
         "forward": products + attention,
         "backward, inputs": products + 2 * attention,
-        "backward, weights": 2 * tokens * sum(m.weight.numel() for m in trained),
+        "backward, weights": 2 * tokens * sum(numbers(m) for m in trained),
         "thin products": 6 * tokens * thin,
         "forward again": products + attention if step.settings.recompute else 0,
     }

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from lab import parallel
 from lab.checkpoints import read_checkpoint, write_checkpoint
 from lab.console import say, size
+from lab.nf4 import parameter_count
 
 PATIENCE = 5        # skipped steps in a row after which training gives up
 
@@ -77,6 +78,8 @@ class Progress:
         self.seconds = about["seconds"]
         self.curve = about["curve"]
         self.step.skipped += about["skipped"]
+        if "loss_scale" in about:           # older checkpoints have none
+            self.step.loss_scale.load(about["loss_scale"])
         self.bar.update(self.start)
         self.started = time.perf_counter()
 
@@ -136,7 +139,7 @@ class Progress:
             step = self.step
             about = {
                 "step": n, "seconds": self.seconds, "curve": self.curve,
-                "skipped": int(step.skipped.item()),
+                "skipped": int(step.skipped.item()), "loss_scale": step.loss_scale.state(),
             }
             write_checkpoint(self.dir, about, step.trained, self.best, step.optimizers)
         self.started = time.perf_counter()
@@ -180,10 +183,10 @@ class Progress:
 
     def say_what_was_sent(self):
         """Print the bytes of gradients that each process sent in a step."""
-        everything = 0
+        everything = 4 * parameter_count(self.step.model)
         for name, p in self.step.model.named_parameters():
-            if ".lora_" not in name:
-                everything += 4 * p.numel()
+            if ".lora_" in name:
+                everything -= 4 * p.numel()
         sent = self.step.averaging.bytes_sent
         say(f"     each of {parallel.world()} processes sent {size(sent)} of gradients in a "
             "step; in full fine-tuning the gradients of the whole model are "

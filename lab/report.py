@@ -4,6 +4,7 @@ What is found, in tables and sentences: full fine-tuning beside LoRA, several vo
 A report is the content of comparison.json or voices.json.
 """
 from lab.console import aligned, say, size
+from lab.nf4 import parameter_count
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA"}
 
@@ -256,7 +257,7 @@ def say_model(model, settings):
 
 def say_trained(model, settings):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = parameter_count(model)
     say(f"     {trained:,} of {total:,} parameters train; {describe_steps(settings)}, learning "
         f"rate {settings.lr:.2g}")
 

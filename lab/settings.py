@@ -38,8 +38,10 @@ class Settings:
     grad_clip: float = setting("clip the gradient norm to this; 0: no clipping", 1.0)
     eval_every: int = setting("steps between evaluations on the held-out text", 50)
     seed: int = setting("random seed for initialization, batch order and dropout", 1337)
-    dtype: str = setting("dtype of matrix products: float32 or bfloat16", "float32")
-    base_dtype: str = setting("dtype of the frozen base: float32 or bfloat16", "float32")
+    dtype: str = setting("dtype of matrix products: float32, bfloat16 or float16", "float32")
+    base_dtype: str = setting(
+        "dtype of the frozen base: float32, bfloat16, float16, or nf4 (four bits)", "float32"
+    )
     loss_chunk: int = setting("logits that the loss computes at once; 0: all", 0)
     recompute: bool = setting("gradient checkpointing: recompute the blocks", False)
     compile: bool = setting("torch.compile the model (needs a compiler)", False)
@@ -57,16 +59,31 @@ class Settings:
         for name in ("dropout", "warmup"):
             self.check_range(name, least=0, below=1)
         self.check_range("seed", least=0, below=2**40)
-        for name in ("dtype", "base_dtype"):
-            value = getattr(self, name)
-            if value not in ("float32", "bfloat16"):
-                raise ValueError(f"{flag(name)} is {value!r}; expected float32 or bfloat16")
+        self.check_dtypes()
         tokens = self.batch_size * self.block_size
         if tokens > 2**24:
             raise ValueError(
                 f"--batch-size {self.batch_size} times --block-size "
                 f"{self.block_size} are {tokens:,} tokens in a step; expected at "
                 "most 2^24"
+            )
+
+    def check_dtypes(self):
+        """Raises ValueError if a dtype is unknown, or the two do not go together."""
+        for name, choices in DTYPES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{flag(name)} is {value!r}; expected {' or '.join(choices)}")
+        pair = {self.dtype, self.base_dtype}
+        if pair == {"bfloat16", "float16"} or self.base_dtype == "float16" != self.dtype:
+            raise ValueError(
+                f"--base-dtype {self.base_dtype} does not go with --dtype {self.dtype}; a "
+                "base in 16 bits computes in its own dtype, so give both the same"
+            )
+        if self.base_dtype == "nf4" and self.fsdp:
+            raise ValueError(
+                "--base-dtype nf4 cannot be divided by --fsdp; leave out --fsdp: in four "
+                "bits the whole base is as small as a quarter of it in bfloat16"
             )
 
     def check_range(self, name, least, below=sys.float_info.max):
@@ -91,6 +108,12 @@ class Settings:
                 f"--batch-size {self.batch_size} must be a multiple of {parts}: "
                 f"{parallel.world()} processes times --accumulate {self.accumulate}"
             )
+
+
+DTYPES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "base_dtype": ("float32", "bfloat16", "float16", "nf4"),
+}
 
 
 def flag(name):
@@ -155,14 +178,20 @@ def settings_for(kind, device, **changes):
     values = dict(recipe(device)[kind])
     values["loss_chunk"] = default_loss_chunk(device, head_trains=kind != "lora")
     values["graph"] = not compiled
-    if has_bfloat16(device) and changes.get("dtype") != "float32":
-        values["dtype"] = "bfloat16"
+    dtype = changes.get("dtype") or default_dtype(device, changes.get("base_dtype"))
+    values["dtype"] = dtype
+    if dtype in fast_dtypes(device) and not compiled:
         # With a float32 base the compiler fuses the folding of W + s B A: a compiled
         # step takes 15.0 ms instead of 16.9 (124M parameters, H200).
-        values["base_dtype"] = "float32" if compiled else "bfloat16"
+        values["base_dtype"] = dtype
     values |= changes
     if kind != "lora":
-        values["base_dtype"] = "float32"    # bfloat16 would lose small updates
+        if changes.get("base_dtype") == "nf4":
+            raise UsageError(
+                "--base-dtype nf4 keeps a frozen base in four bits, so it needs --method "
+                "lora; full fine-tuning changes all weights"
+            )
+        values["base_dtype"] = "float32"    # 16 bits would lose small updates
     try:
         settings = Settings(**values)
         settings.check_processes()
@@ -195,6 +224,20 @@ def fit_to_base(settings, config, device, chosen):
 def settings_of(record):
     """The Settings of a finished run."""
     return Settings(**record["asked"]["settings"])
+
+
+def default_dtype(device, base_dtype=None):
+    """The dtype of products on a device, with a base of a dtype, or None for the usual one."""
+    if base_dtype == "float16":
+        return "float16"
+    return "bfloat16" if has_bfloat16(device) else "float32"
+
+
+def fast_dtypes(device):
+    """The dtypes of 16 bits in which a device computes faster than in float32."""
+    if torch.device(device).type != "cuda":
+        return ()
+    return ("bfloat16", "float16") if has_bfloat16(device) else ("float16",)
 
 
 def has_bfloat16(device):

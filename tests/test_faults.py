@@ -577,6 +577,7 @@ def run_two_processes(*argv):
     ("lora", []),
     ("full", ["--accumulate", "2"]),
     ("lora", ["--fsdp"]),
+    ("lora", ["--base-dtype", "nf4"]),
 ])
 def test_two_processes_take_the_steps_of_one(home, tmp_path, method, flags):
     argv = last_of_each([
