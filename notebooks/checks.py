@@ -2,6 +2,7 @@
 What all notebooks share besides their figures: how they check what they say, how the
 test suite shortens their training, and how long they ran.
 """
+import logging
 import os
 import time
 import warnings
@@ -9,8 +10,10 @@ import warnings
 SHORTENED = "LORA_NOTEBOOKS_SHORTENED"      # set by the test suite: train a fraction of the steps
 FRACTION = 5
 
-# tqdm says so when transformers is imported in a kernel without ipywidgets.
+# What other libraries say when they are imported: tqdm in a kernel without ipywidgets, and
+# bitsandbytes, which peft imports if it is installed, on a machine without a GPU.
 warnings.filterwarnings("ignore", message="IProgress not found")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 started = time.perf_counter()
 
@@ -46,8 +49,8 @@ def expect(statement, holds):
         print(f"✗ not so in this run: {statement}")
 
 
-def refuses(action):
-    """Call action(), which should raise ValueError. Prints its message; returns whether it did."""
+def is_refused(action):
+    """Whether action() raises ValueError. Prints its message."""
     try:
         action()
     except ValueError as error:
@@ -57,5 +60,9 @@ def refuses(action):
 
 
 def say_time():
-    """Print how long the notebook took, from its imports to here."""
-    print(f"This run took {time.perf_counter() - started:.0f} seconds.")
+    """Print how long the notebook took, from its imports to here.
+
+    On a busy machine, or with several threads, CPU time differs from the time on a clock.
+    """
+    seconds = time.perf_counter() - started
+    print(f"This run took {seconds:.0f} seconds ({time.process_time():.0f} of CPU time).")

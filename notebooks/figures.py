@@ -46,11 +46,28 @@ def panels(n, width=7.4, height=3.4, sharey=False):
     return list(axes[0])
 
 
-def lines(panel, series, markevery=None, legend="best", **labels):
-    """Draw {name: (x, y)} as lines. `labels` go to Axes.set: xlabel, ylabel, ylim, ..."""
+def lines(panel, series, wide=None, legend="best", **labels):
+    """Draw {name: (x, y)} as lines. `labels` go to Axes.set: xlabel, ylabel, ylim, ...
+
+    wide    the name of a series to draw as a wide, pale line, below the others
+    """
     for name, (x, y) in series.items():
-        panel.plot(x, y, label=name, markevery=markevery)
+        look = {"linewidth": 8, "alpha": 0.35, "marker": ""} if name == wide else {}
+        every = max(1, len(x) // 8)         # of many points, not each has a marker
+        panel.plot(x, y, label=name, markevery=every, **look)
     finish(panel, legend if len(series) > 1 else None, labels)
+
+
+def growing_line(panel, name, known, **labels):
+    """An empty line, to be filled while a model trains, and {name: y} of what is known before.
+
+    Returns the line; set_data(x, y) fills it.
+    """
+    [line] = panel.plot([], [], label=name)
+    levels(panel, known)
+    finish(panel, "best", labels)
+    plt.close(panel.figure)             # or the cell would show it once more when it ends
+    return line
 
 
 def points(panel, series, names=None, legend="best", **labels):
@@ -60,8 +77,8 @@ def points(panel, series, names=None, legend="best", **labels):
     """
     for name, (x, y) in series.items():
         panel.plot(x, y, linestyle="none", markersize=8, label=name)
-        for text, at_x, at_y in zip((names or {}).get(name, []), x, y):
-            panel.annotate(text, (at_x, at_y), (6, 5), textcoords="offset points", fontsize=9)
+        if names and name in names:
+            name_points(panel, x, y, names[name])
     panel.margins(0.12)
     finish(panel, legend if len(series) > 1 else None, labels)
 
@@ -74,19 +91,32 @@ def levels(panel, values, legend="best"):
     panel.legend(loc=legend, fontsize=9)
 
 
-def bars(panel, values, colors=1, format="%.0f", **labels):
+def vertical(panel, values):
+    """Draw {name: x} as thin vertical lines."""
+    for name, x in values.items():
+        panel.axvline(x, color="black", linewidth=1, linestyle=":", label=name)
+    panel.legend(fontsize=9)
+
+
+def name_points(panel, x, y, names):
+    """Write a name above each point."""
+    for name, at_x, at_y in zip(names, x, y):
+        panel.annotate(name, (at_x, at_y), (5, 6), textcoords="offset points", fontsize=9)
+
+
+def bars(panel, values, kinds=None, format="%.0f", **labels):
     """Draw {name: value} as horizontal bars, the first on top, with their values.
 
-    colors  how many colors take turns
+    kinds   a number for each bar: bars of one kind have one color and hatch
     """
-    turns = [i % colors for i in range(len(values))]
+    kinds = kinds or [0] * len(values)
     drawn = panel.barh(
         list(values), list(values.values()), height=0.7, edgecolor="white",
-        color=[COLORS[turn] for turn in turns], hatch=[HATCHES[turn] for turn in turns],
+        color=[COLORS[kind] for kind in kinds], hatch=[HATCHES[kind] for kind in kinds],
     )
     panel.bar_label(drawn, fmt=format, padding=3, fontsize=9)
     panel.margins(x=0.12)
-    panel.invert_yaxis()
+    panel.yaxis.set_inverted(True)
     panel.grid(visible=False, axis="y")
     finish(panel, None, labels)
 
@@ -107,7 +137,7 @@ def grouped_bars(panel, names, series, **labels):
 
 
 def stacked_bars(panel, bars, marks=None, **labels):
-    """Draw {name of a bar: {kind: value}} as stacked bars.
+    """Draw {name of a bar: {kind: value}} as stacked bars of up to four kinds.
 
     marks   {name of a bar: value}: a diamond, for example the measured peak
     """
@@ -116,8 +146,8 @@ def stacked_bars(panel, bars, marks=None, **labels):
     for i, kind in enumerate(kinds):
         heights = np.array([bar[kind] for bar in bars.values()])
         panel.bar(
-            list(bars), heights, 0.6, bottoms, label=kind, color=COLORS[i], hatch=HATCHES[i],
-            edgecolor="white",
+            list(bars), heights, 0.6, bottoms, label=kind, edgecolor="white",
+            color=[*COLORS[:3], GRAY][i], hatch=[*HATCHES[:3], ""][i],
         )
         bottoms += heights
     if marks:
@@ -125,6 +155,26 @@ def stacked_bars(panel, bars, marks=None, **labels):
     panel.grid(visible=False, axis="x")
     finish(panel, None, labels)
     panel.figure.legend(loc="outside upper center", ncols=5, fontsize=9)
+
+
+def histogram(panel, values, marks, **labels):
+    """Draw how values are distributed, and thin vertical lines at `marks`."""
+    panel.hist(values, bins=60, color=GRAY)
+    for mark in marks:
+        panel.axvline(mark, color=BLUE, linewidth=1)
+    panel.set_yticks([])
+    finish(panel, None, labels)
+
+
+def strips(panel, values, **labels):
+    """Draw {name: [value, ...]} as a row of marks each, with a line at their mean."""
+    for row, of in enumerate(values.values()):
+        color = COLORS[row % len(COLORS)]
+        mean = np.mean(of)
+        panel.plot(of, [row] * len(of), MARKERS[row % len(MARKERS)], color=color, alpha=0.7)
+        panel.plot([mean, mean], [row - 0.3, row + 0.3], color=color, linestyle="-", marker="")
+    panel.set(yticks=range(len(values)), yticklabels=list(values), ylim=(len(values) - 0.4, -0.6))
+    finish(panel, None, labels)
 
 
 def heatmap(panel, values, rows, columns, label, cmap="cividis", **labels):

@@ -1,0 +1,22 @@
+"""
+Texts to train on and to measure with, for the notebooks.
+"""
+from dataclasses import replace
+from pathlib import Path
+
+from lab.models import load_corpus
+
+OUT = Path("../out/notebooks")
+
+
+def load_text(name, encoding, block_size=128, heldout_tokens=5000):
+    """A built-in text (tales, pirate, bard, noir) as a Corpus with a small held-out part.
+
+    The held-out part is the first heldout_tokens tokens of that of the commands, so that
+    measuring is quick.
+    """
+    corpus = load_corpus(name, encoding, OUT, block_size)
+    tokens = corpus.heldout[:heldout_tokens]
+    words = [token for token in tokens.tolist() if token != encoding.eot_token]
+    n_bytes = len(encoding.decode_bytes(words))
+    return replace(corpus, heldout=tokens, heldout_bytes=n_bytes)
