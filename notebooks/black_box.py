@@ -12,8 +12,9 @@ import torch
 from safetensors.numpy import load_file
 
 from data import Batches
-from lab.models import load_corpus, load_model
+from lab.models import load_model
 from notebooks.checks import steps
+from notebooks.texts import load_text
 from train import evaluate, pretrain, tune
 
 OUT = Path("../out/notebooks")
@@ -24,10 +25,10 @@ BLOCK_SIZE = 128
 
 def train_network():
     """Train the base network and its tuned version, or reuse them if they are there."""
-    pretrain("tales", BASE, steps=steps(300), eval_every=steps(100), device="cpu")
+    pretrain("tales", BASE, steps=steps(300), eval_every=100, device="cpu")
     tune(
         BASE, "pirate", TUNED, method="full", steps=steps(40), batch_size=16,
-        block_size=BLOCK_SIZE, lr=1e-3, weight_decay=0.0, eval_every=steps(20), device="cpu",
+        block_size=BLOCK_SIZE, lr=1e-3, weight_decay=0.0, eval_every=20, device="cpu",
     )
 
 
@@ -51,7 +52,7 @@ def tuned_matrices():
 def load_base():
     """The base network, and the pirate stories as numbers."""
     model, encoding, _ = load_model(BASE, "cpu")
-    return model, load_corpus("pirate", encoding, TUNED, BLOCK_SIZE)
+    return model, load_text("pirate", encoding, BLOCK_SIZE)
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def gradient_descent(n, rate):
     model, corpus = load_base()
     model.requires_grad_(True).train()
     batches = Batches(corpus.train, batch_size=16, block_size=BLOCK_SIZE, seed=1337)
-    for i in range(n):
+    for i in range(steps(n)):
         _, loss = model(*batches[i])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -8,7 +8,7 @@ import time
 import warnings
 
 SHORTENED = "LORA_NOTEBOOKS_SHORTENED"      # set by the test suite: train a fraction of the steps
-FRACTION = 5
+FRACTION = 10
 
 # What other libraries say when they are imported: tqdm in a kernel without ipywidgets, and
 # bitsandbytes, which peft imports if it is installed, on a machine without a GPU.
@@ -24,7 +24,7 @@ def is_shortened():
 
 
 def steps(n):
-    """n training steps, or a fraction of them in the test suite."""
+    """n training steps, or rounds of a measurement; a fraction of them in the test suite."""
     return max(2, n // FRACTION) if is_shortened() else n
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lab.models import load_corpus
+from notebooks.checks import is_shortened
 
 OUT = Path("../out/notebooks")
 
@@ -15,6 +16,8 @@ def load_text(name, encoding, block_size=128, heldout_tokens=5000):
     The held-out part is the first heldout_tokens tokens of that of the commands, so that
     measuring is quick.
     """
+    if is_shortened():
+        heldout_tokens = min(heldout_tokens, 1000)
     corpus = load_corpus(name, encoding, OUT, block_size)
     tokens = corpus.heldout[:heldout_tokens]
     words = [token for token in tokens.tolist() if token != encoding.eot_token]

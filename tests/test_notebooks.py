@@ -183,6 +183,13 @@ def test_checks_have_cells_of_their_own_and_plotting_code_is_in_one_module(path)
         assert bool(has_checks) == cell["id"].endswith("-check"), cell["id"]
 
 
+def test_the_first_notebook_needs_numpy_alone_and_no_words_of_the_second():
+    cells = read(NOTEBOOKS[0]).cells
+    text = "\n".join(cell.source for cell in cells if cell["id"] != "setup").lower()
+    for word in ("torch", "transformer", "attention", "mlp ", "layer norm", "muon"):
+        assert word not in text
+
+
 # ---- in Colab ----------------------------------------------------------------------
 
 IN_COLAB = """
