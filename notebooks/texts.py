@@ -13,8 +13,8 @@ OUT = Path("../out/notebooks")
 def load_text(name, encoding, block_size=128, heldout_tokens=5000):
     """A built-in text (tales, pirate, bard, noir) as a Corpus with a small held-out part.
 
-    The held-out part is the first heldout_tokens tokens of that of the commands, so that
-    measuring is quick.
+    The held-out part is the beginning of that of the commands, so that measuring is
+    quick.
     """
     if is_shortened():
         heldout_tokens = min(heldout_tokens, 1000)
