@@ -38,7 +38,7 @@ def running_notebooks(request, tmp_path_factory):
     script = Path(__file__).with_name("helpers_notebooks.py")
     process = subprocess.Popen([sys.executable, script, dir], stderr=subprocess.DEVNULL)
     yield process, dir
-    process.terminate()
+    process.kill()      # nbclient would answer SIGTERM by ending one kernel, and go on
     process.wait()
 
 

@@ -1,28 +1,18 @@
 """Execute all notebooks, one after the other: python helpers_notebooks.py DIR
 
-Beside DIR/notebooks, where they run, each leaves its executed copy in DIR/done, or a
-text with the error.
+Beside DIR/notebooks, where they run with little training, each leaves its executed
+copy in DIR/done, or a text with the error.
 """
-import os
 import sys
 from pathlib import Path
 
 import nbformat
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+sys.path.insert(0, str(ROOT))
 
-
-def execute(path, place):
-    """The notebook after a run in the directory `place`."""
-    notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3",
-        resources={"metadata": {"path": str(place)}},
-    )
-    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
-    return notebook
+from notebooks.checks import SHORTENED  # noqa: E402
+from notebooks.run import NOTEBOOKS, execute  # noqa: E402
 
 
 def main(dir):
@@ -33,7 +23,7 @@ def main(dir):
     for path in NOTEBOOKS:
         temporary = dir / path.name
         try:
-            nbformat.write(execute(path, place), temporary)
+            nbformat.write(execute(path, place, **{SHORTENED: "1"}), temporary)
         except Exception as error:
             temporary.write_text(f"error: {error}", encoding="utf-8")
         temporary.replace(done / path.name)
