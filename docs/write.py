@@ -1,0 +1,242 @@
+"""
+The measured parts of README.md and docs/, made from result files.
+
+    python docs/write.py                write them
+    python docs/write.py --check        only compare: exit code 1 if a page says something else
+
+A part stands between two comments, "made by docs/write.py: <its name>" and "end". The
+results are those of bench/ in bench/results/, and of two commands in docs/runs/:
+
+    python train.py --out out | tee docs/runs/story.txt         and out/comparison.json
+    python train.py voices --out out | tee docs/runs/voices.txt
+"""
+import argparse
+import difflib
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.table import SHAPES, read_results, table
+from lab.console import size
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "docs" / "runs"
+PART = re.compile(r"(<!-- made by docs/write.py: (.+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NAMES = {
+    "tiny": "1M", "small": "11M", "gpt2": "GPT-2 124M", "gpt2-xl": "GPT-2 XL 1.6B",
+}
+
+
+# ---- the results ---------------------------------------------------------------------------------
+
+def peers_row(library, shape, mode, recompute=False, targets="all"):
+    """The row of bench/peers.py for a library, with its device; None if there is none."""
+    for result in read_results():
+        if (result["shape"], result["recompute"]) != (shape, recompute):
+            continue
+        for row in result["rows"]:
+            is_this = row["library"] == library and row["mode"] == mode
+            if is_this and row["targets"] in ("-", targets):
+                return {**row, "device": result["device"]}
+    return None
+
+
+def read_json(name):
+    return json.loads((RUNS / name).read_text(encoding="utf-8"))
+
+
+def read_lines(name):
+    return (RUNS / name).read_text(encoding="utf-8").splitlines()
+
+
+def markdown(rows):
+    """Rows of cells as a table in Markdown; the first row is the header."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def quoted(lines):
+    """Lines of output as a block in Markdown."""
+    return "\n".join(["```", *lines, "```", ""])
+
+
+# ---- the parts -----------------------------------------------------------------------------------
+
+def three_numbers():
+    """What LoRA saves, in three numbers with their conditions."""
+    methods = read_json("comparison.json")["methods"]
+    full_disk, lora_disk = (methods[name]["checkpoint_bytes"] for name in ("full", "lora"))
+    full_xl = peers_row("full, chunked loss", "gpt2-xl", "captured", recompute=True)
+    lora_xl = peers_row("ours", "gpt2-xl", "captured", recompute=True)
+    full_124 = peers_row("full, chunked loss", "gpt2", "captured")
+    lora_124 = peers_row("ours, float32 base", "gpt2", "captured")
+    full_ms, lora_ms = full_124["step_ms"], lora_124["step_ms"]
+    full_peak, lora_peak = full_xl["peak_bytes"], lora_xl["peak_bytes"]
+    return markdown([
+        ("measured", "full fine-tuning", "LoRA", "", "condition"),
+        ("a style on disk", size(full_disk), size(lora_disk),
+         f"{full_disk / lora_disk:.0f} × smaller", "the 1M model of the run below"),
+        ("memory of a step", size(full_peak), size(lora_peak),
+         f"{full_peak / lora_peak:.1f} × less",
+         "GPT-2 XL, 1 × 1024 tokens; the weights are large compared with the activations"),
+        ("time of a step", f"{full_ms:.1f} ms", f"{lora_ms:.1f} ms",
+         f"{full_ms / lora_ms:.2f} × faster",
+         "GPT-2 124M, 8 × 1024 tokens; the backward pass is written by hand"),
+    ])
+
+
+def like_for_like():
+    """How many times faster a LoRA step is than full fine-tuning with the same loss."""
+    rows = [("model", "machine, step", "base in float32", "base in bfloat16", "PEFT ÷ ours")]
+    for shape, mode, recompute in (
+        ("tiny", "eager", False), ("small", "captured", False), ("gpt2", "captured", False),
+        ("gpt2", "compiled", False), ("gpt2-xl", "captured", True),
+    ):
+        full = peers_row("full, chunked loss", shape, mode, recompute)
+        if full is None:
+            continue
+        on_cpu = "NVIDIA" not in full["device"]
+        in_float32 = peers_row("ours, float32 base", shape, mode, recompute)
+        ours = peers_row("ours", shape, mode, recompute)
+        if on_cpu:
+            in_float32, ours = ours, None
+        peft = peers_row("PEFT", shape, mode, recompute)
+        fastest = min((row["step_ms"] for row in (in_float32, ours) if row), default=None)
+        machine = "two CPU cores" if on_cpu else full["device"].removeprefix("NVIDIA ")
+        step = f"{mode}, recomputed" if recompute else mode
+        rows.append((
+            f"{NAMES[shape]}, {SHAPES[shape].rpartition(', ')[2]}", f"{machine}, {step}",
+            advantage(full, in_float32), advantage(full, ours),
+            f"{peft['step_ms'] / fastest:.2f}" if peft else "",
+        ))
+    return markdown(rows)
+
+
+def advantage(full, lora):
+    """Time of full ÷ time of LoRA, and the same of memory; "" if LoRA was not measured."""
+    if lora is None:
+        return ""
+    speed = full["step_ms"] / lora["step_ms"]
+    memory = full["peak_bytes"] / lora["peak_bytes"]
+    return f"{speed:.2f} / {memory:.2f}"
+
+
+def adapters():
+    """The medians of bench/adapters.py."""
+    rows = [("model", "switch", "switch, PEFT", "merged forward ÷ base",
+             "4 adapters: one by one ÷ one batch")]
+    for shape in ("tiny", "small", "gpt2"):
+        path = ROOT / "bench" / "results" / "adapters" / f"h200-{shape}.json"
+        seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        one_by_one = seconds["generate: 4 adapters one by one"]
+        in_one_batch = seconds["generate: 4 adapters in one batch"]
+        merged = seconds["forward: merged"] / seconds["forward: base"]
+        rows.append((
+            NAMES[shape],
+            f"{1000 * seconds['switch: ours']:.2f} ms",
+            f"{1000 * seconds['switch: PEFT']:.2f} ms",
+            f"{merged:.2f}",
+            f"{one_by_one / in_one_batch:.2f}",
+        ))
+    return markdown(rows)
+
+
+def between(lines, first, last=None):
+    """The lines from the one that begins with `first` up to, without it, that with `last`."""
+    start = next(i for i, line in enumerate(lines) if line.startswith(first))
+    if last is None:
+        return lines[start:]
+    end = next(i for i, line in enumerate(lines) if i > start and line.startswith(last))
+    return lines[start:end]
+
+
+def without_blank_ends(lines):
+    """The lines without empty ones at the beginning and at the end."""
+    return "\n".join(lines).strip("\n").splitlines()
+
+
+def run_pretraining():
+    """The first evaluations of the story, and the last."""
+    lines = without_blank_ends(between(read_lines("story.txt"), "== Pretraining", "== Full"))
+    points = [line for line in lines if line.lstrip().startswith("step")]
+    head = [line for line in lines if line not in points]
+    return quoted([*head, *points[:3], "     ...", points[-1]])
+
+
+def run_samples():
+    """The three continuations of the story."""
+    lines = read_lines("story.txt")
+    samples = between(lines, "the base model ", "Written:")
+    return quoted(without_blank_ends(samples))
+
+
+def run_headline():
+    """The two headline numbers of the story and what they say."""
+    return quoted(without_blank_ends(between(read_lines("story.txt"), "LoRA's adv", "     ")))
+
+
+def whole_story():
+    return quoted(read_lines("story.txt"))
+
+
+def voices():
+    lines = between(read_lines("voices.txt"), "disk space", "* the best")
+    legend = next(line for line in read_lines("voices.txt") if line.startswith("* the best"))
+    return quoted([*lines, legend])
+
+
+PARTS = {
+    "three numbers": three_numbers,
+    "like for like": like_for_like,
+    "every library": table,
+    "adapters": adapters,
+    "pretraining": run_pretraining,
+    "headline": run_headline,
+    "samples": run_samples,
+    "whole story": whole_story,
+    "voices": voices,
+}
+
+
+# ---- the pages -----------------------------------------------------------------------------------
+
+def pages():
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(page):
+    """The text of a page with its parts made again."""
+    def made(match):
+        begin, name, _, end = match.groups()
+        if name not in PARTS:
+            raise SystemExit(f"{page.name} has a part {name!r}; there are: {', '.join(PARTS)}")
+        return begin + PARTS[name]() + end
+
+    return PART.sub(made, page.read_text(encoding="utf-8"))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    args = parser.parse_args()
+    differs = False
+    for page in pages():
+        old, new = page.read_text(encoding="utf-8"), filled(page)
+        if not args.check:
+            page.write_text(new, encoding="utf-8")
+        elif new != old:
+            differs = True
+            lines = (old.splitlines(keepends=True), new.splitlines(keepends=True))
+            sys.stdout.writelines(difflib.unified_diff(*lines, page.name, "the results"))
+    if differs:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
