@@ -63,7 +63,7 @@ def step_unless(bad, optimizer):
     """
     if isinstance(optimizer, Muon):
         optimizer.step(unless=bad)
-    elif bad.device.type != "mps":
+    elif optimizer.defaults.get("fused") and bad.device.type != "mps":
         optimizer.found_inf = bad.float()
         optimizer.step()
     elif not bad:

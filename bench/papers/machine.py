@@ -16,6 +16,7 @@ from bench.papers.arms import SLICES
 from lab.capture import captured
 from lab.parallel import seed_of_step
 from lab.settings import settings_for
+from lab.nf4 import LAYERS
 from lora_minimal import apply_lora, find_lora_layers
 from train import Step
 
@@ -102,7 +103,8 @@ def choose_parameters(model, arm):
         model.requires_grad_(True)
     else:
         for rank, names in arm.targets.items():
-            apply_lora(model, r=rank, alpha=rank * arm.factor, target_modules=names)
+            alpha = rank * arm.factor
+            apply_lora(model, r=rank, alpha=alpha, target_modules=names, layers=LAYERS)
         for path, layer in find_lora_layers(model).items():
             layer.lora_A.requires_grad_(arm.frozen != "A")
             layer.lora_B.requires_grad_(arm.frozen != "B")
