@@ -1,7 +1,6 @@
 """
 Claims about the base: its size, its width, and the dtype in which it is frozen.
 """
-import importlib.util
 import math
 import statistics
 
@@ -196,11 +195,6 @@ class FourBitBase(SixteenBitBase):
     differs = "Rounding to four bits hurts small models more than large ones."
 
     dtypes = ("bfloat16", "nf4")
-
-    def why_not_testable(self, lab):
-        if importlib.util.find_spec("lab.nf4") is None:
-            return "this version of the project has no NF4"
-        return None
 
     def judge(self, found):
         exact, rounded = (found[dtype] for dtype in self.dtypes)

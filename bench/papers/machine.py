@@ -14,9 +14,9 @@ from torch import nn
 
 from bench.papers.arms import SLICES
 from lab.capture import captured
+from lab.nf4 import LAYERS
 from lab.parallel import seed_of_step
 from lab.settings import settings_for
-from lab.nf4 import LAYERS
 from lora_minimal import apply_lora, find_lora_layers
 from train import Step
 
