@@ -300,16 +300,16 @@ def memory_finding(report):
         f"{report['like_for_like']['memory']:.2f} times the memory of a LoRA step"
         f"{by_default(report, 'memory')}. LoRA saves {size(max(saved, 0))} of gradients and "
         "optimizer state. Both methods need the activations, which are "
-        f"{lora['activations'] / lora['peak']:.0%} of LoRA's peak here. The larger "
-        "the model is compared with the batch, the more the saving counts."
+        f"{lora['activations'] / lora['peak']:.0%} of LoRA's peak here. The "
+        "saving matters more for larger models and smaller batches."
     )
 
 
 def speed_finding(report):
     speed = report["like_for_like"]["speed"]
-    outcome = "here it saves more than it pays"
+    outcome = "here that is a net gain"
     if speed <= 1:
-        outcome = "at this size it pays more than it saves"
+        outcome = "at this size that is a net loss"
     return (
         f"Speed: like for like, a LoRA step is {speed:.2f} times as fast as a full step"
         f"{by_default(report, 'speed')}. It does "
