@@ -24,7 +24,7 @@ from lab.console import size
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "docs" / "runs"
-PART = re.compile(r"(<!-- made by docs/write.py: (.+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- made by docs/write.py: ([^\n]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NAMES = {
     "tiny": "1M", "small": "11M", "gpt2": "GPT-2 124M", "gpt2-xl": "GPT-2 XL 1.6B",
 }
@@ -42,6 +42,13 @@ def peers_row(library, shape, mode, recompute=False, targets="all"):
             if is_this and row["targets"] in ("-", targets):
                 return {**row, "device": result["device"]}
     return None
+
+
+def machine_of(row):
+    """The machine of a row, in a word or two."""
+    if "NVIDIA" not in row["device"]:
+        return "two CPU cores"
+    return row["device"].removeprefix("NVIDIA ")
 
 
 def read_json(name):
@@ -82,10 +89,12 @@ def three_numbers():
          f"{full_disk / lora_disk:.0f} × smaller", "the 1M model of the run below"),
         ("memory of a step", size(full_peak), size(lora_peak),
          f"{full_peak / lora_peak:.1f} × less",
-         "GPT-2 XL, 1 × 1024 tokens; the weights are large compared with the activations"),
+         f"GPT-2 XL, 1 × 1024 tokens, {machine_of(full_xl)}; the weights are large compared "
+         "with the activations"),
         ("time of a step", f"{full_ms:.1f} ms", f"{lora_ms:.1f} ms",
          f"{full_ms / lora_ms:.2f} × faster",
-         "GPT-2 124M, 8 × 1024 tokens; the backward pass is written by hand"),
+         f"GPT-2 124M, 8 × 1024 tokens, {machine_of(full_124)}; the backward pass is "
+         "written by hand"),
     ])
 
 
@@ -99,14 +108,13 @@ def like_for_like():
         full = peers_row("full, chunked loss", shape, mode, recompute)
         if full is None:
             continue
-        on_cpu = "NVIDIA" not in full["device"]
+        machine = machine_of(full)
         in_float32 = peers_row("ours, float32 base", shape, mode, recompute)
         ours = peers_row("ours", shape, mode, recompute)
-        if on_cpu:
-            in_float32, ours = ours, None
+        if in_float32 is None and not recompute:
+            in_float32, ours = ours, None       # a CPU: float32 is its default
         peft = peers_row("PEFT", shape, mode, recompute)
         fastest = min((row["step_ms"] for row in (in_float32, ours) if row), default=None)
-        machine = "two CPU cores" if on_cpu else full["device"].removeprefix("NVIDIA ")
         step = f"{mode}, recomputed" if recompute else mode
         rows.append((
             f"{NAMES[shape]}, {SHAPES[shape].rpartition(', ')[2]}", f"{machine}, {step}",
@@ -168,15 +176,15 @@ def run_pretraining():
 
 
 def run_samples():
-    """The three continuations of the story."""
-    lines = read_lines("story.txt")
-    samples = between(lines, "the base model ", "Written:")
+    """The first three continuations of the story, one of each model."""
+    samples = between(read_lines("story.txt"), "the base model ", "the base model ")
     return quoted(without_blank_ends(samples))
 
 
-def run_headline():
-    """The two headline numbers of the story and what they say."""
-    return quoted(without_blank_ends(between(read_lines("story.txt"), "LoRA's adv", "     ")))
+def run_findings():
+    """What the numbers of the story say."""
+    findings = between(read_lines("story.txt"), "By the count", "== One prompt")
+    return quoted(without_blank_ends(findings))
 
 
 def whole_story():
@@ -195,7 +203,7 @@ PARTS = {
     "every library": table,
     "adapters": adapters,
     "pretraining": run_pretraining,
-    "headline": run_headline,
+    "findings": run_findings,
     "samples": run_samples,
     "whole story": whole_story,
     "voices": voices,

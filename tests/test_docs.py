@@ -116,7 +116,7 @@ def desk(tmp_path, monkeypatch):
     for name in ("gpt2", "gpt2-xl", "out/base"):
         model = make_gpt(vocab_size=300, block_size=32, n_embd=16, n_head=2)
         model.save_pretrained(name)
-        save_tokenizer(train_bpe(text, 300), name)
+        save_tokenizer(train_bpe("\n".join(stories), 300), name)
     apply_lora(model)
     fill_lora(model)
     save_lora(model, "out/pirate")
