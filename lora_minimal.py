@@ -519,8 +519,11 @@ def with_low_rank_term(X, M, u, C, b=None):
     is_wide = M.size(1) >= 2 * m
     aligned = (m + u.size(1)) % 8 == 0              # else the product is slow on a GPU
     if is_wide and aligned and m < N:
-        MC = torch.cat((M.t(), C.t()), dim=1)       # (n, m + r)
-        return F.linear(torch.cat((X, u), dim=1), MC, b)
+        if M.is_contiguous():
+            MC = torch.cat((M, C))                          # (m + r, n)
+        else:                           # a transpose: copied in the order of its memory
+            MC = torch.cat((M.t(), C.t()), dim=1).t()       # (m + r, n)
+        return F.linear(torch.cat((X, u), dim=1), MC.t(), b)
     y = F.linear(X, M.t(), b)
     return y.addmm_(u, C)
 

@@ -658,8 +658,11 @@ def test_the_page_is_written_with_its_pictures(mini, tmp_path):
 def test_the_readme_gets_the_rules_between_its_markers(mini):
     results, _ = mini
     with_rules = command("claims_page").with_rules
-    before = (ROOT / "README.md").read_text(encoding="utf-8")
+    name = "bench/claims_page.py"
+    markers = f"<!-- made by {name} -->\n<!-- end of what {name} made -->"
+    before = f"# A page\n\n{markers}\n\nMore.\n"
     after = with_rules(before, results)
+    assert after.endswith("\n\nMore.\n")
     assert "(docs/claims.md#ten-times)" in after
     assert with_rules(after, results) == after
     assert after.startswith(before.split("<!-- made by bench/claims_page.py")[0])

@@ -150,10 +150,9 @@ def test_the_phases_of_the_comparison_add_up_and_the_command_holds_more_than_a_s
 
 def test_like_for_like_lora_has_the_loss_and_the_base_of_full_fine_tuning(small_base):
     lora = {"r": 8, "alpha": 16.0, "target_modules": ["c_attn"]}
-    options = {**MINI, "base_dtype": "bfloat16"}
     records = {}
-    for method in ("full", "lora"):
-        settings = asdict(settings_for(method, **options))
+    for method, base_dtype in (("full", None), ("lora", "bfloat16")):
+        settings = asdict(settings_for(method, **MINI, base_dtype=base_dtype))
         records[method] = {"asked": {"settings": settings, "lora": lora}}
     records["full"]["asked"]["lora"] = None
     corpus = load_corpus("noir", load_tokenizer(small_base), small_base, 32)
@@ -309,7 +308,7 @@ def test_a_wider_base_gets_a_smaller_learning_rate_unless_one_is_given(tmp_path,
     make_gpt(n_embd=256, vocab_size=2048).save_pretrained(tmp_path / "wide")
     save_tokenizer(load_tokenizer(base), tmp_path / "wide")
     argv = ["tune", "--base", tmp_path / "wide", "--data", "noir", *FLAGS]
-    for flags, lr in ((["--lr", "0.25"], 0.25), ([], 0.005)):
+    for flags, lr in ((["--lr", "0.25"], 0.25), ([], 0.0015)):
         out = tmp_path / str(lr)
         run(capsys, *argv, "--out", out, *flags)
         assert read(out / "training.json")["asked"]["settings"]["lr"] == lr
@@ -347,15 +346,17 @@ def test_a_full_fine_tuning_can_be_the_base_of_another_tuning(story, tmp_path, c
     assert len(config["target_modules"]) == 4
 
 
-def test_only_lora_can_use_a_bfloat16_base(base, tmp_path, capsys):
-    for method, stored in (("full", "float32"), ("lora", "bfloat16")):
-        code, _, error = run(
-            capsys, "tune", "--base", base, "--data", "noir", "--method", method,
-            "--base-dtype", "bfloat16", "--out", tmp_path / method, *FLAGS,
-        )
-        assert code == 0, error
-        settings = read(tmp_path / method / "training.json")["asked"]["settings"]
-        assert settings["base_dtype"] == stored
+def test_a_dtype_of_the_base_is_refused_unless_the_base_is_frozen(base, tmp_path, capsys):
+    argv = ["tune", "--base", base, "--data", "noir", "--base-dtype", "bfloat16", *FLAGS]
+    code, _, error = run(capsys, *argv, "--method", "full", "--out", tmp_path / "full")
+    assert code == 2
+    assert "--base-dtype bfloat16" in error
+    assert "--method lora" in error
+    assert not (tmp_path / "full").exists()
+    code, _, error = run(capsys, *argv, "--out", tmp_path / "lora")
+    assert code == 0, error
+    settings = read(tmp_path / "lora" / "training.json")["asked"]["settings"]
+    assert settings["base_dtype"] == "bfloat16"
 
 
 def test_training_works_if_the_directory_of_the_texts_is_read_only(tmp_path, capsys):

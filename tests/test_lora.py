@@ -679,8 +679,11 @@ def test_fast_and_plain_agree_to_rounding_in_bfloat16(base):
     (12, 32, 40),       # m + r is not a multiple of 8
 ])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_low_rank_term_is_added_to_a_product_of_any_shape(m, n, tokens, bias):
-    X, W = torch.randn(tokens, m), torch.randn(n, m).t()
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_low_rank_term_is_added_to_a_product_of_any_shape(m, n, tokens, bias, transposed):
+    X, W = torch.randn(tokens, m), torch.randn(m, n)
+    if transposed:
+        W = torch.randn(n, m).t()
     u, C = torch.randn(tokens, 8), torch.randn(8, n)
     b = torch.randn(n) if bias else None
     expected = X @ W + u @ C + (b if bias else 0)
