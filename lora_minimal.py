@@ -411,7 +411,7 @@ def guard_backward(y, layer):
 class RefuseBackward(torch.autograd.Function):
     """The identity. Its backward raises, because a merged layer has no gradient for A, B."""
 
-    generate_vmap_rule = True
+    generate_vmap_rule = True       # so that a merged model works under torch.func.vmap
 
     @staticmethod
     def forward(y, A):
@@ -450,10 +450,10 @@ class LoRAProduct(torch.autograd.Function):
     Wᵀ, g W and gᵀ x take 1465, 1191 and 1421 µs; bench/products.py measures them.
 
     Adding s B A to W first ("folding") pays if there are more tokens than inputs. It
-    rounds the sum to the dtype of the products. For a W in float32 autocast would have
-    rounded W by as much. But a W that is stored in bfloat16 lies exactly on the grid of
-    bfloat16's numbers, and an update of less than half a step between them would
-    vanish. So there the two terms stay separate: see with_low_rank_term.
+    rounds the sum to the dtype of the products. If W is float32, that costs nothing
+    extra: autocast would round W anyway. If W is stored in bfloat16, an update smaller
+    than half the gap between neighboring bfloat16 numbers would vanish. So there the
+    two terms stay separate: see with_low_rank_term.
 
     Saved for backward: x, W, and tensors with a side of length r.
     """
@@ -466,18 +466,18 @@ class LoRAProduct(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             rows = x.reshape(-1, x.size(-1)).to(dtype)              # (N, in)
-            A_low = A.to(dtype)                                     # (r, in)
-            b_low = None if b is None else b.to(dtype)              # (out,)
+            A_cast = A.to(dtype)                                     # (r, in)
+            b_cast = None if b is None else b.to(dtype)              # (out,)
             sBt = scaled_transpose(B, s, dtype)                     # (r, out)
-            u = rows @ A_low.t()                                    # (N, r)
+            u = rows @ A_cast.t()                                    # (N, r)
             is_precise = W.element_size() >= 4
             has_many_tokens = len(rows) > W.size(1)                 # N > in
             ctx.fold = is_precise and has_many_tokens
             if ctx.fold:
-                y = F.linear(rows, folded(W, A_low, sBt), b_low)    # (N, out)
+                y = F.linear(rows, folded(W, A_cast, sBt), b_cast)    # (N, out)
             else:
-                y = with_low_rank_term(rows, W.to(dtype).t(), u, sBt, b_low)
-        ctx.save_for_backward(rows, u, W, A_low, sBt)
+                y = with_low_rank_term(rows, W.to(dtype).t(), u, sBt, b_cast)
+        ctx.save_for_backward(rows, u, W, A_cast, sBt)
         ctx.s = s
         ctx.x_shape = x.shape
         ctx.x_dtype, ctx.A_dtype, ctx.B_dtype = x.dtype, A.dtype, B.dtype
@@ -490,7 +490,7 @@ class LoRAProduct(torch.autograd.Function):
                 "LoRAProduct has no second derivative; LoRALinear with layer.fast = "
                 "False has"
             )
-        rows, u, W, A_low, sBt = ctx.saved_tensors
+        rows, u, W, A_cast, sBt = ctx.saved_tensors
         g = g.reshape(len(rows), W.size(0))                         # (N, out)
         v = g @ sBt.t()                                             # (N, r)
         dA = v.t() @ rows                                           # (r, in)
@@ -498,9 +498,9 @@ class LoRAProduct(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             if ctx.fold:
-                dx = g @ folded(W, A_low, sBt)                      # (N, in)
+                dx = g @ folded(W, A_cast, sBt)                      # (N, in)
             else:
-                dx = with_low_rank_term(g, W.to(rows.dtype), v, A_low)
+                dx = with_low_rank_term(g, W.to(rows.dtype), v, A_cast)
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
         return dx, None, None, dA.to(ctx.A_dtype), dB.to(ctx.B_dtype), None
 
@@ -552,9 +552,9 @@ def folded(W, A, sBt):
 def product_applies(layer, x):
     """Whether product() can be used for x.
 
-    It cannot for dropout, a trainable W or b, rows with different adapters, dtypes
-    that differ without autocast, empty, meta, sparse or nested tensors, transforms of
-    torch.func, and export. definition() can be used for all of them.
+    It does not support dropout, a trainable W or b, rows with different adapters,
+    dtypes that differ without autocast, empty, meta, sparse or nested tensors,
+    transforms of torch.func, and export. definition() supports all of them.
     """
     if not layer.fast or layer.rank_mask is not None:
         return False

@@ -24,8 +24,8 @@ they differ in which parameters train. Without what surrounds it, the loop is
         optimizer.step()
         optimizer.zero_grad()
 
-Step, below, does the last five lines: also in parts of a batch, in several processes,
-and captured in a CUDA graph.
+Step, below, does the last five lines. It can also split the batch into parts, run in
+several processes, and be captured in a CUDA graph.
 
 The held-out text is measured in bits per byte (bpb): how many bits the model needs,
 on average, to encode one byte of text that it was not trained on. Lower is better,
@@ -156,6 +156,7 @@ class Step:
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
         bad = ~norm.isfinite()      # a tensor: an `if` would make the CPU wait for the GPU
         self.skipped += bad
+        # A step skipped only to lower the scale of a float16 loss does not count.
         self.skipped_in_a_row += self.loss_scale.is_at_its_smallest()
         self.skipped_in_a_row *= bad            # back to 0 after a good step
         self.loss_scale.update(bad)
@@ -175,7 +176,10 @@ class Step:
 
 
 def prepare(model, settings):
-    """Set how the model computes its loss and gradients. Returns the model, or compiled."""
+    """Set how the model computes its loss and gradients. Returns the model to call.
+
+    With settings.compile that is the compiled one.
+    """
     model.recompute = settings.recompute
     model.loss = plain_loss
     if settings.loss_chunk:
@@ -187,7 +191,8 @@ def can_be_captured(settings, device):
     """Whether a step can be a CUDA graph: see lab/capture.py."""
     if device.type != "cuda" or not settings.graph:
         return False
-    return parallel.world() == 1        # DDP's hook counts bytes in Python
+    # A graph replays the work of the GPU alone, not the hook that counts DDP's bytes.
+    return parallel.world() == 1
 
 
 def autocast(model, dtype):

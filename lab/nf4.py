@@ -7,7 +7,7 @@ sixteen levels, and a scale for each block of 64 numbers (§3):
     W ≈ scale · level[code]        scale = the largest |w| of the block, code = 0 … 15
 
 The levels are quantiles of a normal distribution, because trained weights are nearly
-normal: each level is then used about equally often. The scales, in float32, would
+normal: the levels lie densest where most weights are. The scales, in float32, would
 still cost half a bit a number. They are quantized too ("double quantization"): less
 their mean, to eight bits, in groups of 256 blocks. In all that is
 
@@ -344,13 +344,13 @@ class NF4LoRAProduct(torch.autograd.Function):
         dtype, s = dtype_of_products(x), layer.scaling
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.size(-1)).to(dtype)              # (N, in)
-            A_low = A.to(dtype)                                     # (r, in)
+            A_cast = A.to(dtype)                                     # (r, in)
             sBt = scaled_transpose(B, s, dtype)                     # (r, out)
-            u = rows @ A_low.t()                                    # (N, r)
+            u = rows @ A_cast.t()                                    # (N, r)
             W = layer.for_forward(dtype, ctx.needs_input_grad[0])   # (out, in)
             y = F.linear(rows, W, b if b is None else b.to(dtype))  # (N, out)
             y.addmm_(u, sBt)
-        ctx.save_for_backward(rows, u, packed, A_low, sBt)
+        ctx.save_for_backward(rows, u, packed, A_cast, sBt)
         ctx.layer, ctx.s, ctx.x_shape = layer, s, x.shape
         ctx.x_dtype, ctx.A_dtype, ctx.B_dtype = x.dtype, A.dtype, B.dtype
         return y.view(*x.shape[:-1], len(W))
@@ -358,7 +358,7 @@ class NF4LoRAProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         refuse_second_derivative()
-        rows, u, _, A_low, sBt = ctx.saved_tensors
+        rows, u, _, A_cast, sBt = ctx.saved_tensors
         g = g.reshape(len(rows), sBt.size(1))                       # (N, out)
         v = g @ sBt.t()                                             # (N, r)
         dA = v.t() @ rows                                           # (r, in)
@@ -366,7 +366,7 @@ class NF4LoRAProduct(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ ctx.layer.for_backward(rows.dtype)             # (N, in)
-            dx.addmm_(v, A_low)
+            dx.addmm_(v, A_cast)
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
         return dx, None, None, dA.to(ctx.A_dtype), dB.to(ctx.B_dtype), None
 
