@@ -466,15 +466,15 @@ class LoRAProduct(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             rows = x.reshape(-1, x.size(-1)).to(dtype)              # (N, in)
-            A_cast = A.to(dtype)                                     # (r, in)
-            b_cast = None if b is None else b.to(dtype)              # (out,)
+            A_cast = A.to(dtype)                                    # (r, in)
+            b_cast = None if b is None else b.to(dtype)             # (out,)
             sBt = scaled_transpose(B, s, dtype)                     # (r, out)
-            u = rows @ A_cast.t()                                    # (N, r)
+            u = rows @ A_cast.t()                                   # (N, r)
             is_precise = W.element_size() >= 4
             has_many_tokens = len(rows) > W.size(1)                 # N > in
             ctx.fold = is_precise and has_many_tokens
             if ctx.fold:
-                y = F.linear(rows, folded(W, A_cast, sBt), b_cast)    # (N, out)
+                y = F.linear(rows, folded(W, A_cast, sBt), b_cast)  # (N, out)
             else:
                 y = with_low_rank_term(rows, W.to(dtype).t(), u, sBt, b_cast)
         ctx.save_for_backward(rows, u, W, A_cast, sBt)
@@ -487,8 +487,7 @@ class LoRAProduct(torch.autograd.Function):
     def backward(ctx, g):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "LoRAProduct has no second derivative; LoRALinear with layer.fast = "
-                "False has"
+                "LoRAProduct has no second derivative; set layer.fast = False to get one"
             )
         rows, u, W, A_cast, sBt = ctx.saved_tensors
         g = g.reshape(len(rows), W.size(0))                         # (N, out)
@@ -498,7 +497,7 @@ class LoRAProduct(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             if ctx.fold:
-                dx = g @ folded(W, A_cast, sBt)                      # (N, in)
+                dx = g @ folded(W, A_cast, sBt)                     # (N, in)
             else:
                 dx = with_low_rank_term(g, W.to(rows.dtype), v, A_cast)
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)

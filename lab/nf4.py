@@ -344,9 +344,9 @@ class NF4LoRAProduct(torch.autograd.Function):
         dtype, s = dtype_of_products(x), layer.scaling
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.size(-1)).to(dtype)              # (N, in)
-            A_cast = A.to(dtype)                                     # (r, in)
+            A_cast = A.to(dtype)                                    # (r, in)
             sBt = scaled_transpose(B, s, dtype)                     # (r, out)
-            u = rows @ A_cast.t()                                    # (N, r)
+            u = rows @ A_cast.t()                                   # (N, r)
             W = layer.for_forward(dtype, ctx.needs_input_grad[0])   # (out, in)
             y = F.linear(rows, W, b if b is None else b.to(dtype))  # (N, out)
             y.addmm_(u, sBt)
