@@ -80,5 +80,9 @@ def load_optimizer(optimizer, tensors, prefix):
         if name.startswith(prefix):
             number, key = name.removeprefix(prefix).split("/")
             state.setdefault(int(number), {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    own = optimizer.state_dict()
+    for number, values in own["state"].items():     # Muon has its state from the beginning
+        missing = values.keys() - state.get(number, {}).keys()
+        if missing:
+            raise KeyError(f"{prefix}{number}/{missing.pop()}")
+    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from lab.checkpoints import load_optimizer
 from lab.muon import Muon, orthogonalized
 
 SHAPES = [(24, 8), (8, 8), (32, 8), (8, 32), (24, 8), (8, 32)]
@@ -116,3 +117,10 @@ def test_its_state_continues_in_another_optimizer():
         optimizer.step()
     for p, q in zip(straight, resumed, strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_state_without_its_momenta_is_refused():
+    optimizer = Muon(matrices(), lr=0.02)
+    foreign = {"optimizer/1/0/momentum_buffer": torch.zeros(24, 8)}
+    with pytest.raises(KeyError, match="momenta"):
+        load_optimizer(optimizer, foreign, prefix="optimizer/1/")
