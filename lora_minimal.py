@@ -122,7 +122,7 @@ def scaling_of(r, alpha, use_rslora):
 
 
 def init_state(layer, r, alpha, dropout, use_rslora):
-    """Set what a LoRA layer has besides W, A, B and the scaling."""
+    """Set what a LoRA layer has in addition to W, A, B and the scaling."""
     layer.r, layer.alpha = r, alpha
     layer.dropout, layer.use_rslora = dropout, use_rslora
     layer.fast = True                       # use product() where it applies

@@ -143,7 +143,7 @@ def on_cuda(args):
 
 
 def replace_linears(model, targets, make):
-    """Put make(linear) in the place of each targeted nn.Linear. Only what it adds trains."""
+    """Replace each targeted nn.Linear by make(linear). Only what that adds trains."""
     model.requires_grad_(False)
     endings = tuple(f".{target}" for target in targets)
     for path, module in list(model.named_modules()):
@@ -261,7 +261,7 @@ def parse_args():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda if there is a GPU, else cpu")
     add("--modes", nargs="+", choices=MODES, default=["eager"],
-        help="captured: the step in a CUDA graph; compiled: torch.compile besides; default: eager")
+        help="captured: the step in a CUDA graph; compiled: torch.compile as well; default: eager")
     add("--only", nargs="+", choices=LIBRARIES, metavar="LIBRARY",
         help=f"only full fine-tuning and these; among: {'; '.join(LIBRARIES)}")
     add("--recompute", action="store_true",

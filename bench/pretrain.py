@@ -8,7 +8,7 @@ Both train the same GPT on the same batches of tales, with train.Step. They diff
                torch.compile, all logits at once
     ours       Muon for the matrices of the blocks and AdamW for the rest, as in
                lab/settings.py; on CUDA the step is captured in a graph
-    compiled   ours, and torch.compile besides
+    compiled   ours, with torch.compile as well
 
     python bench/pretrain.py --device cuda --json bench/results/pretrain/h100-small.json
     python bench/pretrain.py --device cuda --shape gpt2 --budgets

@@ -144,7 +144,7 @@ def shape_of_weight(module):
 
 
 def save_model(model, encoding, dir):
-    """Write a model, its tokenizer and a short card, in the place of a model that was there.
+    """Write a model, its tokenizer and a short card. Replaces a model that was there.
 
     transformers can open the directory.
     """
@@ -157,7 +157,7 @@ def save_model(model, encoding, dir):
 
 
 def save_adapter(model, dir, base):
-    """Write the adapter of a model, in the place of an adapter or a model that was there."""
+    """Write the adapter of a model. Replaces an adapter or a model that was there."""
     Path(dir).mkdir(parents=True, exist_ok=True)
     files.clear_model(dir)
     save_lora(model, dir, base_model_name_or_path=str(base))

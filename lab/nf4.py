@@ -394,7 +394,7 @@ def lora_classes():
 
 
 def quantize_linears(model):
-    """Put an NF4Linear in the place of each nn.Linear and Conv1D of a model, and freeze it.
+    """Replace each nn.Linear and Conv1D of a model by an NF4Linear, and freeze the model.
 
     A layer that shares its weight stays, such as a head tied to the embedding, and so do
     embeddings and norms. Returns the paths of the layers, which may be none.

@@ -191,7 +191,7 @@ def seed_of_step(seed, n):
 class Averaging:
     """Averages the gradients of a model over the processes. A single process does nothing.
 
-    `call` is what to call in the place of the model, and `bytes_sent` the size of the
+    `call` is what to call instead of the model, and `bytes_sent` the size of the
     gradients that this process sent to be averaged in the last step.
     """
 

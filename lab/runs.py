@@ -140,7 +140,7 @@ def decide(dir, asked, resume, fresh):
 
 
 def begin(dir, asked):
-    """Write down what is asked for, in the place of what was.
+    """Write down what is asked for. Replaces what was asked for before.
 
     The checkpoint goes first: after a crash between the two, an old one must not be
     taken for that of the new run.

@@ -708,7 +708,7 @@ def test_a_file_with_an_alpha_that_float32_cannot_hold_is_refused(tmp_path, adap
 
 
 def special_file(path, kind):
-    """Put something that is no regular file in the place of `path`."""
+    """Replace `path` by something that is no regular file."""
     path.unlink(missing_ok=True)
     if kind == "fifo":
         os.mkfifo(path)
