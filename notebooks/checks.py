@@ -1,5 +1,5 @@
 """
-What all notebooks share, apart from their figures: how they check what they say, how the
+What all notebooks share, apart from figures: how they check what they say, how the
 test suite shortens their training, and how long they ran.
 """
 import logging
