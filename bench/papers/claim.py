@@ -83,6 +83,16 @@ class Claim:
         return None
 
 
+class ShareClaim(Claim):
+    """A claim whose runs found {name: spread}: shares of what full fine-tuning learns."""
+
+    def here(self, found):
+        return texts_of(found)
+
+    def panel(self, found):
+        return share_panel(found)
+
+
 # ---- statistics ----------------------------------------------------------------------
 
 def spread(values):
@@ -175,3 +185,14 @@ def edge_note(*parts):
     if any(part["at_edge"] for part in parts):
         return "; a sweep ends at its edge, so the best rate may lie beyond"
     return ""
+
+
+def texts_of(found):
+    """The shares {name: spread} of what full fine-tuning learns, as text."""
+    return ", ".join(f"{name} {share(s)}" for name, s in found.items())
+
+
+def share_panel(found):
+    """The shares {name: spread} of what full fine-tuning learns, as a Panel."""
+    series = {name: [(name, 100 * s["mean"], 100 * s["std"])] for name, s in found.items()}
+    return Panel("% of what full learns", series, lines={"full": 100.0})

@@ -8,7 +8,7 @@ from bench.papers.claim import (
     PARTLY,
     REPRODUCED,
     SECOND_HAND,
-    Claim,
+    ShareClaim,
     Verdict,
     at_least,
     edge_note,
@@ -16,11 +16,10 @@ from bench.papers.claim import (
     noise,
     part,
     percent,
-    share,
+    texts_of,
 )
 from bench.papers.ranks import HU, learned
 from bench.papers.rates import SCHULMAN
-from bench.papers.variants import share_panel
 
 ZHU = "Zhu et al. 2024, Asymmetry in Low-Rank Adapters (arXiv 2402.16842)"
 
@@ -33,11 +32,7 @@ ONE_BUDGET = {
 }
 
 
-def texts_of(found):
-    return ", ".join(f"{name} {share(s)}" for name, s in found.items())
-
-
-class AttentionAlone(Claim):
+class AttentionAlone(ShareClaim):
     group = "Layers"
     sentence = "At one budget of parameters, adapting attention alone is worse than the MLP alone."
     source = f"{SCHULMAN}; Biderman et al. 2024, Figure 7"
@@ -58,14 +53,8 @@ class AttentionAlone(Claim):
             return Verdict(NOT_REPRODUCED, why)
         return Verdict(REPRODUCED if mlp["mean"] - attention["mean"] >= 0.01 else PARTLY, why)
 
-    def here(self, found):
-        return texts_of(found)
 
-    def panel(self, found):
-        return share_panel(found)
-
-
-class AttentionOnTop(Claim):
+class AttentionOnTop(ShareClaim):
     group = "Layers"
     sentence = "Adapting attention as well as the MLP adds nothing, with one budget."
     source = f"{SCHULMAN} (Dettmers et al. 2023, Figure 2, find that all layers are needed)"
@@ -84,14 +73,8 @@ class AttentionOnTop(Claim):
         why = texts_of(found) + edge_note(*found.values())
         return at_least(-gain, -0.01, -0.02, why)
 
-    def here(self, found):
-        return texts_of(found)
 
-    def panel(self, found):
-        return share_panel(found)
-
-
-class ManyMatrices(Claim):
+class ManyMatrices(ShareClaim):
     group = "Layers"
     sentence = "With one budget, many matrices with a small rank beat one with a large rank."
     source = f"{HU}, Table 5"
@@ -119,11 +102,8 @@ class ManyMatrices(Claim):
     def here(self, found):
         return ", ".join(f"{name} {100 * s['mean']:.0f}%" for name, s in found.items())
 
-    def panel(self, found):
-        return share_panel(found)
 
-
-class RandomA(Claim):
+class RandomA(ShareClaim):
     group = "A and B"
     sentence = "With A random and frozen, training B alone is nearly as good as training both."
     source = ZHU
@@ -147,11 +127,8 @@ class RandomA(Claim):
     def here(self, found):
         return percent(self.part(found))
 
-    def panel(self, found):
-        return share_panel(found)
 
-
-class BMoreThanA(Claim):
+class BMoreThanA(ShareClaim):
     group = "A and B"
     sentence = "Training B alone is better than training A alone."
     source = ZHU
@@ -173,14 +150,8 @@ class BMoreThanA(Claim):
             return Verdict(REPRODUCED, why)
         return Verdict(NOT_REPRODUCED if is_above(a, b) else PARTLY, why)
 
-    def here(self, found):
-        return texts_of(found)
 
-    def panel(self, found):
-        return share_panel(found)
-
-
-class BWithTwiceTheRank(Claim):
+class BWithTwiceTheRank(ShareClaim):
     group = "A and B"
     sentence = "With as many parameters, B alone with twice the rank beats both."
     source = ZHU
@@ -205,9 +176,3 @@ class BWithTwiceTheRank(Claim):
             return Verdict(REPRODUCED, why)
         within = abs(alone["mean"] - both["mean"]) <= 2 * noise(alone, both)
         return Verdict(PARTLY if within else NOT_REPRODUCED, why)
-
-    def here(self, found):
-        return texts_of(found)
-
-    def panel(self, found):
-        return share_panel(found)

@@ -10,6 +10,7 @@ from bench.papers.claim import (
     SECOND_HAND,
     Claim,
     Panel,
+    ShareClaim,
     Verdict,
     at_least,
     bpb,
@@ -23,7 +24,6 @@ from bench.papers.claim import (
     spread,
 )
 from bench.papers.rates import FULL, SCHULMAN
-from bench.papers.variants import share_panel
 
 HU = "Hu et al. 2021 (LoRA, arXiv 2106.09685)"
 FROZEN = Arm(method="full", embeddings=False)
@@ -41,7 +41,7 @@ def learned(lab, arms):
     return found
 
 
-class AsMuchAsFull(Claim):
+class AsMuchAsFull(ShareClaim):
     group = "Rank and capacity"
     sentence = "With a sufficient rank, LoRA on all layers learns as much as full fine-tuning."
     source = SCHULMAN
@@ -71,11 +71,8 @@ class AsMuchAsFull(Claim):
     def here(self, found):
         return share(self.highest(found))
 
-    def panel(self, found):
-        return share_panel(found)
 
-
-class RankOneSuffices(Claim):
+class RankOneSuffices(ShareClaim):
     group = "Rank and capacity"
     sentence = "A rank of 1 on all layers learns as much as a high rank."
     source = f"{HU}, Table 6 (where only Wq and Wv are adapted)"
@@ -102,11 +99,8 @@ class RankOneSuffices(Claim):
     def here(self, found):
         return f"{percent(self.part(found))} of what the highest rank learns"
 
-    def panel(self, found):
-        return share_panel(found)
 
-
-class QueryNeedsMoreRank(Claim):
+class QueryNeedsMoreRank(ShareClaim):
     group = "Rank and capacity"
     sentence = "A rank of 1 suffices if Wq and Wv are adapted, and not for Wq alone."
     source = f"{HU}, Table 6"
@@ -138,9 +132,6 @@ class QueryNeedsMoreRank(Claim):
     def here(self, found):
         qv, q = self.parts(found)
         return f"{percent(qv)}; {percent(q)}"
-
-    def panel(self, found):
-        return share_panel(found)
 
 
 class LowRanksRunOut(Claim):

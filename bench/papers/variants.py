@@ -13,6 +13,7 @@ from bench.papers.claim import (
     SECOND_HAND,
     Claim,
     Panel,
+    ShareClaim,
     Verdict,
     bpb,
     edge_note,
@@ -21,6 +22,7 @@ from bench.papers.claim import (
     of_all,
     percent,
     share,
+    share_panel,
     shares,
     spread,
 )
@@ -124,7 +126,7 @@ class VariantsAreEqual(Claim):
         })
 
 
-class FasterB(Claim):
+class FasterB(ShareClaim):
     group = "Variants"
     sentence = "LoRA+, a larger rate for B than for A, gives a better result."
     source = "Hayou et al. 2024 (LoRA+, arXiv 2402.12354), abstract"
@@ -159,9 +161,6 @@ class FasterB(Claim):
 
     def here(self, found):
         return f"{share(found['LoRA+'])} instead of {share(found['one rate'])}"
-
-    def panel(self, found):
-        return share_panel(found)
 
 
 class RandomAIsBetter(Claim):
@@ -304,9 +303,3 @@ class LargeBatchesHurt(Claim):
                 points.append((size, s["mean"], s["std"]))
             series[name] = points
         return Panel("bpb", series, "windows in a batch", log_x=True)
-
-
-def share_panel(found):
-    """The shares {name: spread} of what full fine-tuning learns, as a Panel."""
-    series = {name: [(name, 100 * s["mean"], 100 * s["std"])] for name, s in found.items()}
-    return Panel("% of what full learns", series, lines={"full": 100.0})
