@@ -6,31 +6,21 @@ bench/results/claims.json.
     python bench/claims_page.py --check     only compare: exit code 1 if a text differs
 """
 import argparse
-import difflib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.papers.page import RESULTS, page, rules, write_page
+from bench.parts import differences, with_part
 from lab.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN = "<!-- made by bench/claims_page.py -->\n"
-END = "<!-- end of what bench/claims_page.py made -->"
 
 
 def with_rules(readme, results):
     """The README with the rules of thumb between the two markers."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return before + BEGIN + rules(results, "docs/claims.md") + "\n" + END + after
-
-
-def differences(old, new, name):
-    """The lines in which two texts differ."""
-    texts = (text.splitlines(keepends=True) for text in (old, new))
-    return list(difflib.unified_diff(*texts, name, "the results"))
+    return with_part(readme, "bench/claims_page.py", rules(results, "docs/claims.md") + "\n")
 
 
 def main(argv=None):

@@ -5,8 +5,6 @@ The tables of docs/four_bits.md: predicted by arithmetic, and measured by bench/
     python bench/nf4_table.py --check       only compare: exit code 1 if the page has others
 """
 import argparse
-import difflib
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -16,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from bench.nf4 import summaries
+from bench.parts import differences, with_part
 from gpt import GPT, GPTConfig
 from lab.console import size
 from lab.nf4 import LAYERS, quantize_linears
@@ -26,8 +26,6 @@ from lora_minimal import apply_lora
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "four_bits.md"
 RESULTS = ROOT / "bench" / "results" / "nf4"
-BEGIN = "<!-- made by bench/nf4_table.py -->\n"
-END = "<!-- end of what bench/nf4_table.py made -->"
 PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CHUNK = 2**25           # logits that the loss computes at once on CUDA
 
@@ -119,7 +117,7 @@ def show_command(result):
 
 def show_quality(result):
     rows = [["model, base", "runs", "held out", "÷ bfloat16", "adapter on the float base"]]
-    for summary in bench().summaries(result["rows"]):
+    for summary in summaries(result["rows"]):
         ratio = summary["ratio"]
         rows.append([
             f"`{summary['shape']}`, {name_of_base(summary['base'])}", str(summary["runs"]),
@@ -137,28 +135,19 @@ def name_of_base(base):
     return "full fine-tuning" if base == "full" else f"LoRA, {base} base"
 
 
-def bench():
-    """bench/nf4.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("bench_nf4", ROOT / "bench" / "nf4.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args(argv)
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    old, after = rest.split(END)
-    new = tables()
+    old = PAGE.read_text(encoding="utf-8")
+    new = with_part(old, "bench/nf4_table.py", tables())
     if args.check:
-        lines = (old.splitlines(keepends=True), new.splitlines(keepends=True))
-        sys.stdout.writelines(difflib.unified_diff(*lines, "four_bits.md", "bench/results/nf4"))
-        return 0 if new == old else 1
-    PAGE.write_text(before + BEGIN + new + END + after, encoding="utf-8")
+        found = differences(old, new, "docs/four_bits.md")
+        sys.stdout.writelines(found)
+        return 1 if found else 0
+    PAGE.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -11,7 +11,6 @@ results are those of bench/ in bench/results/, and of two commands in docs/runs/
     python train.py voices --out out | tee docs/runs/voices.txt
 """
 import argparse
-import difflib
 import json
 import re
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.parts import differences
 from bench.table import SHAPES, read_results, table
 from lab.console import size
 
@@ -240,8 +240,7 @@ def main():
             page.write_text(new, encoding="utf-8")
         elif new != old:
             differs = True
-            lines = (old.splitlines(keepends=True), new.splitlines(keepends=True))
-            sys.stdout.writelines(difflib.unified_diff(*lines, page.name, "the results"))
+            sys.stdout.writelines(differences(old, new, page.name))
     if differs:
         sys.exit(1)
 
