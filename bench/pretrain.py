@@ -156,7 +156,7 @@ def parse_args(argv):
     add("--only", nargs="+", choices=RECIPES, help="default: all")
     add("--no-compile", action="store_true",
         help="nanoGPT's recipe without torch.compile, where there is no compiler")
-    add("--dropout", type=float, default=0.0, help="of all recipes; default: 0")
+    add("--dropout", type=float, help="of all recipes; default: that of lab/settings.py")
     add("--nanogpt-lr", type=float,
         help="learning rate of nanoGPT's recipe; default: that of its configurations")
     add("--budgets", type=float, nargs="*",
@@ -170,6 +170,8 @@ def parse_args(argv):
     default_size = VOCABULARY_OF_GPT2 if args.shape == "gpt2" else VOCABULARY
     args.vocab_size = args.vocab_size or default_size
     args.only = args.only or RECIPES
+    if args.dropout is None:
+        args.dropout = settings_for("pretrain", args.device).dropout
     if args.budgets is None:
         args.budgets = [3, 6] if on_cuda else [60]
     return args
@@ -200,7 +202,8 @@ def main(argv=None):
             "device": device_name(args.device), "torch": torch.__version__,
             "shape": args.shape, "batch": batch_size, "block": block_size,
             "data": args.data, "vocab_size": args.vocab_size, "rounds": args.rounds,
-            "compiled": not args.no_compile, "step_ms": step_ms, "budgets": rows,
+            "compiled": not args.no_compile, "dropout": args.dropout, "step_ms": step_ms,
+            "budgets": rows,
         })
 
 

@@ -57,17 +57,28 @@ class CapturedStep:
 
 
 def capture_each(functions):
-    """Capture each of several functions in a CUDA graph of its own: a list of replays.
+    """Capture each of several functions in a CUDA graph of its own: a list of Replays.
 
     They may hand tensors to one another, as forward hands the loss to backward: the
     graphs share their memory, so replay them in the same order. Each function is
     called once, to be recorded; call all of them WARMUP times before.
     """
     pool = torch.cuda.graph_pool_handle()
-    replays = []
-    for function in functions:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+    return [Replay(function, pool) for function in functions]
+
+
+class Replay:
+    """Replays what a function did when it was recorded.
+
+    The graph knows only addresses. `function` is kept, and with it the tensors that it
+    reads: their memory would be used for something else.
+    """
+
+    def __init__(self, function, pool):
+        self.function = function
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
             function()
-        replays.append(graph.replay)
-    return replays
+
+    def __call__(self):
+        self.graph.replay()
