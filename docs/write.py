@@ -153,6 +153,76 @@ def adapters():
     return markdown(rows)
 
 
+def result_of(*path):
+    """A result file of bench/, from its path below bench/results."""
+    path = ROOT.joinpath("bench", "results", *path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def billion_parameters():
+    """GPT-2 XL in less and less memory: a step, and the whole command."""
+    steps = result_of("nf4", "h200-xl-recompute.json")
+    commands = result_of("nf4", "h200-command.json")
+    peaks = {row["base"]: row["peak_bytes"] for row in steps["rows"]}
+    whole = {row["base"]: row for row in commands["rows"]}
+    rows = [("GPT-2 XL, 1 × 1024 tokens, recomputed", "a step", "the whole command",
+             "reserved by torch")]
+    for name, base in (
+        ("full fine-tuning", "full"), ("LoRA, base in bfloat16", "bfloat16"),
+        ("LoRA, base in four bits", "nf4"),
+    ):
+        command = ("", "")
+        if base in whole:
+            kinds = ("gpu_allocated_bytes", "gpu_reserved_bytes")
+            command = tuple(size(whole[base][kind]) for kind in kinds)
+        rows.append((name, size(peaks[base]), *command))
+    return markdown(rows)
+
+
+def cost_of_gpt2():
+    """A step of GPT-2 and GPT-2 XL on a GPU: time and memory of both methods."""
+    rows = [("model, batch", "flags", "full fine-tuning", "LoRA")]
+    for shape, library, recompute, flags in (
+        ("gpt2", "full, chunked loss", False, ""),
+        ("gpt2", "full, chunked loss", True, "`--recompute`"),
+        ("gpt2-xl", "full", False, ""),
+        ("gpt2-xl", "full, chunked loss", True, "`--recompute`"),
+    ):
+        full = peers_row(library, shape, "captured", recompute)
+        lora = peers_row("ours", shape, "captured", recompute)
+        batch = SHAPES[shape].rpartition(", ")[2]
+        rows.append((f"{NAMES[shape]}, {batch}", flags, cost(full), cost(lora)))
+    for row in result_of("nf4", "h200-xl-recompute.json")["rows"]:
+        if row["base"] == "nf4":
+            name = f"{NAMES['gpt2-xl']}, 1 × 1024"
+            rows.append((name, "`--recompute --base-dtype nf4`", "", cost(row)))
+    return markdown(rows)
+
+
+def cost(row):
+    return f"{row['step_ms']:.0f} ms, {size(row['peak_bytes'])}"
+
+
+def pretraining_beside_nanogpt():
+    """What bench/pretrain.py measured: a step, and bits per byte after equal seconds."""
+    rows = [("machine", "model, batch", "recipe", "a step", "÷ nanoGPT's",
+             "bits per byte after about")]
+    for path in sorted((ROOT / "bench" / "results" / "pretrain").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        batch = f"{result['batch']} × {result['block']}"
+        for recipe, milliseconds in result["step_ms"].items():
+            reached = []
+            for row in result["budgets"]:
+                if row["recipe"] == recipe:
+                    reached.append(f"{row['budget_s']:g} s: {row['bpb']:.3f}")
+            rows.append((
+                machine_of(result), f"{NAMES[result['shape']]}, {batch}", recipe,
+                f"{milliseconds:.1f} ms",
+                f"{milliseconds / result['step_ms']['nanoGPT']:.2f}", ", ".join(reached),
+            ))
+    return markdown(rows)
+
+
 def between(lines, first, last=None):
     """The lines from the one that begins with `first` up to, without it, that with `last`."""
     start = next(i for i, line in enumerate(lines) if line.startswith(first))
@@ -202,6 +272,9 @@ PARTS = {
     "like for like": like_for_like,
     "every library": table,
     "adapters": adapters,
+    "a billion parameters": billion_parameters,
+    "cost of GPT-2": cost_of_gpt2,
+    "beside nanoGPT": pretraining_beside_nanogpt,
     "pretraining": run_pretraining,
     "findings": run_findings,
     "samples": run_samples,
