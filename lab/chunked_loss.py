@@ -66,7 +66,8 @@ class ChunkedLoss(torch.autograd.Function):
                 part = slice(start, start + rows)
                 logits = without_padding(x_low[part] @ W_low.t(), V)    # (n, V + padding)
                 P, log_sums = softmax_and_log_sum_exp(logits, precise)
-                losses = log_sums - at_targets(logits, targets[part])           # (n,)
+                target_logits = logits.gather(1, targets[part]).squeeze(1)
+                losses = log_sums - target_logits           # (n,)
                 # Not in place: torch.compile of torch 2.11 would lose the gradients.
                 loss = loss + (losses * valid[part]).sum()
                 if wants_gradients:
@@ -133,24 +134,11 @@ def softmax_and_log_sum_exp(logits, dtype):
     return P, logits.amax(dim=1).to(dtype) - P.amax(dim=1).to(dtype).log()
 
 
-def at_targets(logits, targets):
-    """The logit of each target (n,)."""
-    if torch.compiler.is_compiling():
-        # In one kernel with the sums. A gather of its own may wait until the end, and all
-        # chunks of logits with it.
-        return torch.where(is_target(logits, targets), logits, 0).sum(dim=1)
-    return logits.gather(1, targets).squeeze(1)
-
-
-def is_target(logits, targets):
-    """Which logits (n, V + padding) are those of the targets (n, 1)."""
-    return torch.arange(logits.size(1), device=logits.device) == targets
-
-
 def minus_onehot(P, targets):
     """∂loss/∂logits = P - onehot(target), (n, V + padding), in the memory of P."""
     if torch.compiler.is_compiling():       # it may lose writes in place
-        return P - is_target(P, targets).to(P.dtype)
+        is_target = torch.arange(P.size(1), device=P.device) == targets
+        return P - is_target.to(P.dtype)
     return P.scatter_add_(1, targets, P.new_full((1, 1), -1.0).expand(targets.shape))
 
 

@@ -73,6 +73,19 @@ def test_the_loss_agrees_to_rounding_under_bfloat16_autocast(idx, chunk):
         assert error < 0.05 * exact_gradient.norm() + 1e-4, name
 
 
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-6), (torch.bfloat16, 1e-4), (torch.float16, 1e-4),
+])
+def test_the_loss_is_that_of_its_logits_even_if_a_probability_vanishes(dtype, tolerance):
+    x, head, targets = random_layer(4096, 16, 97)
+    x, head = (100 * x).to(dtype), head.to(dtype)
+    logits = (x @ head.weight.t()).float()
+    exact = torch.nn.functional.cross_entropy(logits, targets)
+    assert logits.softmax(dim=1).min() == 0
+    _, loss = chunked_loss(x, head, targets, chunk=97 * 512)
+    assert loss.item() == pytest.approx(exact.item(), rel=tolerance)
+
+
 def test_logits_never_exist_whole_with_the_chunked_loss():
     model = make_gpt(vocab_size=5000)
     idx = torch.randint(5000, (8, 32))
