@@ -34,10 +34,12 @@ ITERATIONS = 5
 def orthogonalized(M):
     """U Vᵀ, approximately, for each matrix M = U S Vᵀ of a stack (n, rows, columns).
 
-    Computed and returned in bfloat16, whose 8 bits of precision are enough for it.
+    On a GPU it is computed and returned in bfloat16, whose 8 bits of precision are
+    enough. Many CPUs compute in bfloat16 ten times slower than in float32, so there
+    it is float32.
     """
     a, b, c = COEFFICIENTS
-    X = M.bfloat16()
+    X = M.to(torch.bfloat16 if M.is_cuda else torch.float32)
     is_tall = X.size(1) > X.size(2)
     if is_tall:
         X = X.mT                # X Xᵀ now has the shorter side of M, not the longer
