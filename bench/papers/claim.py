@@ -176,8 +176,29 @@ def bpb(s):
 
 
 def share(s):
-    """share(spread) -> '98.5 ± 0.3%'"""
-    return f"{100 * s['mean']:.1f} ± {100 * s['std']:.1f}%"
+    """share(spread) -> '98.5 ± 0.3%', and how many runs diverged, if any did."""
+    text = f"{100 * s['mean']:.1f} ± {100 * s['std']:.1f}%"
+    if diverged(s):
+        median = percent(statistics.median(s["values"]))
+        text += f" ({diverged_runs(s)}; the median is {median})"
+    return text
+
+
+def diverged(s, whole=1.0):
+    """The values of a spread that lie below the median by half of what there is to learn."""
+    median = statistics.median(s["values"])
+    return [value for value in s["values"] if median - value > whole / 2]
+
+
+def diverged_runs(s, whole=1.0):
+    """diverged_runs(spread) -> '2 of 5 runs diverged'"""
+    return f"{len(diverged(s, whole))} of {len(s['values'])} runs diverged"
+
+
+def settled(s, whole=1.0):
+    """The spread of the runs that did not diverge: pictures show these."""
+    gone = diverged(s, whole)
+    return spread([value for value in s["values"] if value not in gone])
 
 
 def edge_note(*parts):
@@ -193,6 +214,14 @@ def texts_of(found):
 
 
 def share_panel(found):
-    """The shares {name: spread} of what full fine-tuning learns, as a Panel."""
-    series = {name: [(name, 100 * s["mean"], 100 * s["std"])] for name, s in found.items()}
+    """The shares {name: spread} of what full fine-tuning learns, as a Panel.
+
+    Runs that diverged are left out, and the name says so.
+    """
+    series = {}
+    for name, s in found.items():
+        shown = settled(s)
+        if diverged(s):
+            name = f"{name}, {len(shown['values'])} of {len(s['values'])}"
+        series[name] = [(name, 100 * shown["mean"], 100 * shown["std"])]
     return Panel("% of what full learns", series, lines={"full": 100.0})

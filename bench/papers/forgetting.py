@@ -118,7 +118,8 @@ class ForgetsLessAtEqualLearning(Claim):
 
     def here(self, found):
         more = found["full"]["mean"] - found["LoRA"]["mean"]
-        return f"full forgets {more:+.3f} bpb more at LoRA's learning"
+        who = "full" if more > 0 else "LoRA"
+        return f"{who} forgets {abs(more):.3f} bpb more at equal learning"
 
     def panel(self, found):
         series = {"full, four rates": [], "LoRA": [point_of(found["ends"])]}

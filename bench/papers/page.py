@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from bench.papers.all_claims import CLAIMS
 from bench.papers.claim import NOT_TESTABLE, REPRODUCED, Verdict
@@ -22,33 +22,41 @@ MARKERS = "osD^vPX"
 # What to do, in the order of the README; each line stands on the claims that follow it.
 RULES = {
     "Rank": (
-        "8 or 16 for a style; more only if your text has more to learn than they hold.",
-        ("rank-one-suffices", "low-ranks-run-out", "low-rank-does-the-work"),
+        "8 or 16 for a style. A higher one gained little here; a rank of 1 lost much.",
+        ("rank-one-suffices", "low-ranks-run-out"),
     ),
     "Alpha": (
-        "B A is multiplied by alpha / r; fix alpha, for example at 16, and do not search for it.",
-        ("same-rate-for-all-ranks", "rate-against-rank", "variants-are-equal"),
+        "Fix it, for example at 16. The best learning rate then hardly depends on the rank.",
+        ("same-rate-for-all-ranks", "rate-against-rank"),
     ),
     "Learning rate": (
-        "begin at ten times the rate of full fine-tuning, try twice and half; this is the one "
+        "Ten to twenty times that of full fine-tuning, more for a wider model. It is the one "
         "number worth a search.",
-        ("ten-times", "ratio-against-width", "larger-in-short-runs"),
+        ("ten-times", "ratio-against-width"),
     ),
     "Layers": (
-        "all linear layers; the MLP before attention.",
+        "All linear layers. If you must choose, the MLP before attention.",
         ("attention-alone", "attention-on-top", "many-matrices"),
     ),
     "Batch": (
-        "small batches and more steps.",
+        "Small batches and more steps.",
         ("large-batches-hurt",),
     ),
     "The base": (
-        "freeze it in 16 bits; in 4 bits if it does not fit otherwise.",
+        "Freeze it in 16 bits, or in four: neither cost anything that could be measured.",
         ("sixteen-bit-base", "four-bit-base"),
     ),
+    "Variants": (
+        "Plain LoRA with A random and B zero. None did better at its own best rate.",
+        ("variants-are-equal", "faster-b", "random-a-is-better"),
+    ),
+    "Forgetting": (
+        "LoRA does not protect the base by itself. Lower the rate, or shrink ΔW afterwards.",
+        ("forgets-less-at-equal-learning", "smaller-intruders"),
+    ),
     "When not": (
-        "when every percent counts and full fine-tuning fits, when the model is so small that "
-        "its embeddings matter, or when there is more to learn than the rank can hold.",
+        "If full fine-tuning fits and every percent counts, or if the model is so small that "
+        "its embeddings are a large part of it.",
         ("as-much-as-full", "gap-shrinks-with-size", "embeddings-are-the-gap"),
     ),
 }
@@ -61,9 +69,11 @@ pretrained on *tales*, is tuned to *pirate* in 120 steps of 32 × 256 tokens. Th
 is cut into two halves, story by story: the learning rate of each arm, and the step at which a
 run is best, are chosen on one half with one seed. What is reported is measured on the other
 half with five other seeds, as mean ± standard deviation; best rates are measured with three. A
-difference is *more than noise* if it exceeds twice its standard error over the seeds. *bpb* is
-bits per byte of held-out text (lower is better); a percentage of *what full learns* compares
-the fall of the bpb below the base's with that after full fine-tuning."""
+difference is *more than noise* if it exceeds twice its standard error over the seeds. A run
+that *diverged* learned less than the median of its seeds by half of what there was to learn;
+every mean includes such runs, and the pictures leave them out. *bpb* is bits per byte of
+held-out text (lower is better); a percentage of *what full learns* compares the fall of the
+bpb below the base's with that after full fine-tuning."""
 
 
 def by_name(name):
@@ -112,18 +122,18 @@ def table(claims, results, page=""):
 
 
 def rules(results, page=""):
-    """The rules of thumb as a list of Markdown, each with the verdicts it stands on.
+    """The rules of thumb as a table of Markdown, each with the verdicts it stands on.
 
     `page` is the address of claims.md.
     """
-    lines = []
+    lines = ["| choice | rule of thumb | claims that were tested |", "|---|---|---|"]
     for name, (text, claims) in RULES.items():
         links = []
         for id in claims:
             if id in results["claims"]:
                 word = verdict_of(by_name(id), results["claims"][id]).word
                 links.append(f"[{id}]({page}#{id}): {word}")
-        lines.append(f"- **{name}:** {text} ({'; '.join(links) or 'not tested yet'})")
+        lines.append(f"| {name} | {text} | {'; '.join(links) or 'not tested yet'} |")
     return "\n".join(lines)
 
 
@@ -253,12 +263,13 @@ def draw(axes, panel):
         is_large = max(x for x, _, _ in points) > 10_000
         axes.set_xscale("log", base=10 if is_large else 2)
         if not is_large:
-            axes.xaxis.set_major_formatter(ScalarFormatter())       # 8, not 2^3
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))     # 8, not 2^3
     if panel.log_y:
         axes.set_yscale("log")
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     labels = [label for label in (*panel.series, *panel.lines) if label]
-    if len(labels) > 1 and not (is_named and len(names) == len(panel.series)):
+    names_say_it = is_named and all(len(series) == 1 for series in panel.series.values())
+    if len(labels) > 1 and not names_say_it:
         axes.legend(frameon=False, fontsize="small")

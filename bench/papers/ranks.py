@@ -14,11 +14,14 @@ from bench.papers.claim import (
     Verdict,
     at_least,
     bpb,
+    diverged,
+    diverged_runs,
     edge_note,
     is_above,
     of_all,
     part,
     percent,
+    settled,
     share,
     shares,
     spread,
@@ -80,7 +83,10 @@ class RankOneSuffices(ShareClaim):
     read = NOTES
     threshold = "99% of what the highest rank learns: reproduced; 97%: partly"
     advice = "A rank of 1 is enough for a style; raise it if the text is long."
-    otherwise = "Begin with r = 8 or 16; lower it only if the size of the file matters."
+    otherwise = (
+        "Begin with r = 8 or 16; lower it only if the size of the file matters, and then "
+        "search for the learning rate again: one seed may stand a rate that another does not."
+    )
     differs = "GPT-3 is ten thousand times as large, and needs to learn less for its task."
 
     def measure(self, lab):
@@ -177,7 +183,11 @@ class LowRanksRunOut(Claim):
         texts = []
         for name, s in found.items():
             density = s["mean"] / s["parameters"]
-            texts.append(f"{name} {s['mean'] / 1000:.0f} kbit, {density:.2g} a parameter")
+            text = f"{name} {s['mean'] / 1000:.0f} kbit, {density:.2g} a parameter"
+            to_learn = found["full"]["mean"]
+            if diverged(s, to_learn):
+                text += f" ({diverged_runs(s, to_learn)})"
+            texts.append(text)
         table = self.predictions(found)
         right = [name for name, (should, does) in table.items() if should == does]
         why = f"as predicted: {', '.join(right) or 'no rank'}; saved: {'; '.join(texts)}"
@@ -192,7 +202,8 @@ class LowRanksRunOut(Claim):
     def panel(self, found):
         points = []
         for s in found.values():
-            points.append((s["parameters"], s["mean"] / 1000, s["std"] / 1000))
+            shown = settled(s, found["full"]["mean"])
+            points.append((s["parameters"], shown["mean"] / 1000, shown["std"] / 1000))
         ylabel = "kbit saved of the training text"
         return Panel(ylabel, {"": points}, "parameters", log_x=True)
 

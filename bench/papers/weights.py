@@ -19,6 +19,8 @@ from bench.papers.claim import (
     at_least,
     of_all,
     percent,
+    settled,
+    share,
     spread,
 )
 from bench.papers.ranks import FROZEN, HU
@@ -41,7 +43,7 @@ class ChangeOfHighRank(Claim):
     paper = "10 to 100 times the rank of typical LoRA"
     read = ABSTRACT
     threshold = "90% of ΔW's energy needs 10 times r = 8 on average: reproduced; 3 times: partly"
-    advice = "The rank of ΔW says little about the rank that you need: see the next claim."
+    advice = "The rank of ΔW says little about the rank that you need: see the claim above."
     differs = "Noise of the optimizer has full rank, and short runs have much of it."
 
     def measure(self, lab):
@@ -116,8 +118,7 @@ class LowRankDoesTheWork(Claim):
 
     def judge(self, found):
         texts = [f"rank {rank} {percent(self.mean(found, rank))}" for rank in CUTS]
-        trained = {r: statistics.fmean(values) for r, values in found["lora"].items()}
-        low = [f"r = {r} {percent(value)}" for r, value in trained.items()]
+        low = [f"r = {r} {share(spread(values))}" for r, values in found["lora"].items()]
         why = f"kept: {', '.join(texts)}; LoRA trained at a rank: {', '.join(low)}"
         return at_least(self.mean(found, 8), 0.95, 0.80, why)
 
@@ -130,7 +131,7 @@ class LowRankDoesTheWork(Claim):
             points = []
             for rank, values in found[name].items():
                 if int(rank) > 0:
-                    s = spread(values)
+                    s = settled(spread(values))
                     points.append((int(rank), 100 * s["mean"], 100 * s["std"]))
             series[label] = points
         return Panel("% of the gain", series, "rank", log_x=True)
