@@ -17,10 +17,6 @@ SHAPES = {
     "gpt2": "GPT-2 124M, 8 × 1024",
     "gpt2-xl": "GPT-2 XL 1.6B, 1 × 1024",
 }
-# Early results have other names for two shapes. One of these is "tiny", now the name of a
-# smaller shape; the batch size tells which of the two is meant.
-OLD_NAMES = {("laptop", 16): "tiny", ("tiny", 32): "small"}     # {(old name, batch): shape}
-
 LIBRARIES = ("full, chunked loss", "naive", "PEFT", "loralib", "ours, float32 base", "ours")
 
 
@@ -44,15 +40,12 @@ def line(cells):
 
 
 def read_results():
-    """What bench/peers.py wrote, with the present names of the shapes."""
+    """What bench/peers.py wrote."""
     results = []
     for path in sorted((ROOT / "bench" / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        if "rows" not in result:            # of another benchmark
-            continue
-        name = result["shape"]
-        result["shape"] = OLD_NAMES.get((name, result["batch"]), name)
-        results.append(result)
+        if "rows" in result:                # else it is of another benchmark
+            results.append(result)
     return results
 
 

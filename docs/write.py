@@ -85,7 +85,7 @@ def three_numbers():
     full_peak, lora_peak = full_xl["peak_bytes"], lora_xl["peak_bytes"]
     return markdown([
         ("measured", "full fine-tuning", "LoRA", "", "condition"),
-        ("a style on disk", size(full_disk), size(lora_disk),
+        ("an adapter on disk", size(full_disk), size(lora_disk),
          f"{full_disk / lora_disk:.0f} × smaller", "the 1M model of the run below"),
         ("memory of a step", size(full_peak), size(lora_peak),
          f"{full_peak / lora_peak:.1f} × less",

@@ -402,8 +402,10 @@ def arguments_of_loss(step, x, y):
     loss, seen = step.model.loss, []
 
     def note(hidden, head, targets):
-        enabled = torch.is_autocast_enabled(hidden.device.type)
-        autocast = partial(torch.autocast, hidden.device.type, torch.bfloat16, enabled)
+        device_type = hidden.device.type
+        enabled = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type)
+        autocast = partial(torch.autocast, device_type, dtype, enabled)
         seen.append((hidden.detach(), head, targets, autocast))
         return loss(hidden, head, targets)
 

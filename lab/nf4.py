@@ -8,15 +8,16 @@ sixteen levels, and a scale for each block of 64 numbers (§3):
 
 The levels are quantiles of a normal distribution, because trained weights are nearly
 normal: the levels lie densest where most weights are. The scales, in float32, would
-still cost half a bit a number. They are quantized too ("double quantization"): less
-their mean, to eight bits, in groups of 256 blocks. In all that is
+still cost half a bit per number. They are quantized too ("double quantization"):
+their mean is subtracted, and each is stored in eight bits, in groups of 256 blocks
+that share one more float32. In all that is
 
     1/2 + 1/64 + 4 / (64 · 256) = 0.516 bytes a number        (bfloat16: 2)
 
 For each product W is computed again from its codes, in the dtype of the product, and
 forgotten: forward and backward keep no copy of it.
 
-    quantize_linears(model)                         # nn.Linear -> NF4Linear, but not the head
+    quantize_linears(model)                         # nn.Linear -> NF4Linear, but not a tied head
     apply_lora(model, layers=LAYERS)                # then train as always
 
 Read it from the top: the levels, a matrix, its bytes, the layers.
@@ -38,7 +39,7 @@ from lora_minimal import (
 
 BLOCK = 64          # numbers that share a scale
 GROUP = 256         # blocks whose scales share a scale
-SMALLEST = 1e-38    # smaller scales count as this, so that none is divided by zero
+SMALLEST = 1e-38    # a smaller scale counts as this, so that nothing is divided by zero
 
 # The probability at which the outermost level lies: that of bitsandbytes. The paper
 # (§3, equation 4) leaves it open; 1 would put the level at infinity.

@@ -396,8 +396,8 @@ def verdict(bpb):
         if best_model(bpb, text) != own_model:
             not_own.append(text)
     if not_own:
-        return f"Not predicted best by their own adapter: {', '.join(not_own)}."
-    return "Every text is best predicted by the adapter trained on it."
+        return f"Not predicted best by their own model: {', '.join(not_own)}."
+    return "Every text is predicted best by the model trained on it."
 
 
 # ---- training ----------------------------------------------------------------------

@@ -30,8 +30,8 @@ RULES = {
         ("same-rate-for-all-ranks", "rate-against-rank"),
     ),
     "Learning rate": (
-        "Ten to twenty times that of full fine-tuning, more for a wider model. It is the one "
-        "number worth a search.",
+        "Ten to twenty times that of full fine-tuning, more for a wider model, less for a narrower "
+        "one. It is the one number worth a search.",
         ("ten-times", "ratio-against-width"),
     ),
     "Layers": (
