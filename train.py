@@ -183,7 +183,9 @@ def prepare(model, settings):
     model.recompute = settings.recompute
     model.loss = plain_loss
     if settings.loss_chunk:
-        model.loss = partial(chunked_loss, chunk=settings.loss_chunk)
+        model.loss = partial(
+            chunked_loss, chunk=settings.loss_chunk, compile=settings.compile
+        )
     return torch.compile(model) if settings.compile else model
 
 

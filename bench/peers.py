@@ -78,37 +78,37 @@ class NaiveLoRA(nn.Module):
 
 # Each of these functions returns a model on args.device, and the loss_chunk for its loss.
 
-def full(args, targets):
+def full(args, targets, mode):
     return new_gpt(args), PLAIN_LOSS
 
 
-def full_with_chunked_loss(args, targets):
-    return new_gpt(args), chunk_of(args, head_trains=True)
+def full_with_chunked_loss(args, targets, mode):
+    return new_gpt(args), chunk_of(args, mode, head_trains=True)
 
 
-def naive(args, targets):
+def naive(args, targets, mode):
     return replace_linears(new_gpt(args), targets, NaiveLoRA), PLAIN_LOSS
 
 
-def with_peft(args, targets):
+def with_peft(args, targets, mode):
     config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets)
     return peft.get_peft_model(new_gpt(args), config), PLAIN_LOSS
 
 
-def with_loralib(args, targets):
+def with_loralib(args, targets, mode):
     return replace_linears(new_gpt(args), targets, loralib_linear), PLAIN_LOSS
 
 
-def ours_with_float32_base(args, targets):
-    return ours(args, targets, torch.float32)
+def ours_with_float32_base(args, targets, mode):
+    return ours(args, targets, mode, torch.float32)
 
 
-def ours(args, targets, base_dtype=None):
+def ours(args, targets, mode, base_dtype=None):
     if base_dtype is None:
         base_dtype = torch.bfloat16 if on_cuda(args) else torch.float32
     model = new_gpt(args).to(base_dtype)
     apply_lora(model, r=R, alpha=ALPHA, target_modules=targets)
-    return model, chunk_of(args, head_trains=False)
+    return model, chunk_of(args, mode, head_trains=False)
 
 
 FULL = {"full": full, "full, chunked loss": full_with_chunked_loss}
@@ -134,8 +134,9 @@ def config_of(shape):
     return GPTConfig.preset(shape, **changes)
 
 
-def chunk_of(args, head_trains):
-    return args.loss_chunk or default_loss_chunk(args.device, head_trains)
+def chunk_of(args, mode, head_trains):
+    default = default_loss_chunk(args.device, head_trains, compile=mode == "compiled")
+    return args.loss_chunk or default
 
 
 def on_cuda(args):
@@ -190,7 +191,7 @@ def measure(args, mode):
     steps, peaks = {}, {}
     bar = tqdm(competitors(args).items(), f"{mode}: preparing", disable=None, leave=False)
     for (library, targets), make in bar:
-        model, chunk = make(args, TARGETS.get(targets))
+        model, chunk = make(args, TARGETS.get(targets), mode)
         step = Step(model.train(), step_settings(args, mode, chunk))
         peaks[library, targets] = measure_memory(step, x, y)["peak"]
         steps[library, targets] = captured(step)

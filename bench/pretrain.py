@@ -60,7 +60,7 @@ def settings_of_recipe(recipe, args, steps=1000):
         changes |= dict(muon_lr=0.0, lr=args.nanogpt_lr or NANOGPT_LR[args.shape])
         changes |= dict(loss_chunk=0, compile=not args.no_compile, graph=False)
     if recipe == "compiled":
-        changes |= dict(compile=True, graph=True)
+        changes |= dict(compile=True)
     return settings_for("pretrain", args.device, **changes)
 
 

@@ -17,6 +17,7 @@ and in Cut Cross-Entropy, Wijmans et al. 2024.)
 
 Letters: N tokens, n tokens of a chunk, C channels, V vocabulary entries.
 """
+import functools
 import math
 
 import torch
@@ -25,17 +26,19 @@ from torch.nn import functional as F
 IGNORED = -100      # the target that does not count, as in F.cross_entropy
 
 
-def chunked_loss(x, head, targets, chunk):
+@torch.compiler.disable     # compiled with the model, it would keep the logits of all chunks
+def chunked_loss(x, head, targets, chunk, compile=False):
     """The mean cross-entropy in nats, for about `chunk` logits at a time.
 
     x (..., C) are the hidden states, head is an nn.Linear without bias whose weight
     is (V, C), targets (...) int64, where -100 is ignored. A chunk is a multiple of 8
-    tokens. Returns (None, loss): there are no logits, and the loss () is float32, or
+    tokens. compile asks for torch.compile of what is done with the logits: it needs a
+    compiler. Returns (None, loss): there are no logits, and the loss () is float32, or
     float64 if x is.
     """
     wants_gradients = torch.is_grad_enabled()       # inside a Function's forward it is always off
     loss = ChunkedLoss.apply(
-        x.flatten(0, -2), head.weight, targets.flatten(), chunk, wants_gradients
+        x.flatten(0, -2), head.weight, targets.flatten(), chunk, wants_gradients, compile
     )
     return None, loss
 
@@ -44,7 +47,7 @@ class ChunkedLoss(torch.autograd.Function):
     """The mean cross-entropy of x Wᵀ (N, V) against targets (N,), chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, x, W, targets, chunk, wants_gradients):
+    def forward(ctx, x, W, targets, chunk, wants_gradients, compile):
         device, V = x.device.type, len(W)
         ctx.dtype = dtype = x.dtype
         if torch.is_autocast_enabled(device):
@@ -61,22 +64,21 @@ class ChunkedLoss(torch.autograd.Function):
             head_trains = wants_gradients and ctx.needs_input_grad[1]
             dW = torch.zeros_like(W) if head_trains else None
 
+            compute = losses_and_gradients
+            if compile:
+                compute = compiled_losses_and_gradients()
             rows = max(8, chunk // V // 8 * 8)              # n
             for start in range(0, len(x), rows):
                 part = slice(start, start + rows)
                 logits = without_padding(x_low[part] @ W_low.t(), V)    # (n, V + padding)
-                P, log_sums = softmax_and_log_sum_exp(logits, precise)
-                target_logits = logits.gather(1, targets[part]).squeeze(1)
-                losses = log_sums - target_logits           # (n,)
-                # Not in place: torch.compile of torch 2.11 would lose the gradients.
-                loss = loss + (losses * valid[part]).sum()
+                losses, d_logits = compute(logits, targets[part], precise)
+                loss += (losses * valid[part]).sum()
                 if wants_gradients:
-                    d_logits = minus_onehot(P, targets[part])
                     dx.append(d_logits @ W_low)             # of ignored tokens, too
                 if head_trains:
                     x_valid = x_low[part] * valid[part, None]
-                    dW = added(dW, (d_logits.t() @ x_valid)[:V])
-                logits = P = d_logits = None                # freed before the next ones are made
+                    dW += (d_logits.t() @ x_valid)[:V]
+                logits = d_logits = None                # freed before the next ones are made
             if wants_gradients:
                 ctx.save_for_backward(torch.cat(dx) * valid[:, None], dW, n_valid)
             ctx.head_gradient_bytes = dW.nbytes if head_trains else 0   # for lab/measure.py
@@ -94,7 +96,7 @@ class ChunkedLoss(torch.autograd.Function):
         share = g / n_valid
         dx = (dx * share).to(ctx.dtype)
         dW = None if dW is None else dW * share
-        return dx, dW, None, None, None
+        return dx, dW, None, None, None, None
 
 
 def padded_to_multiple_of_8(W):
@@ -111,39 +113,30 @@ def without_padding(logits, V):
     """The logits (n, V + padding) with -inf as those of the padding: probability 0."""
     if logits.size(1) == V:
         return logits
-    if torch.compiler.is_compiling():       # it may lose writes in place
-        is_padding = torch.arange(logits.size(1), device=logits.device) >= V
-        return logits.masked_fill(is_padding, -math.inf)
     logits[:, V:] = -math.inf
     return logits
 
 
-def softmax_and_log_sum_exp(logits, dtype):
-    """The probabilities P = softmax(logits), and log Σ exp(logits) (n,) in `dtype`.
+def losses_and_gradients(logits, targets, dtype):
+    """The cross-entropies (n,) in `dtype`, and ∂loss/∂logits = softmax(logits) - onehot(targets).
 
-    The largest probability is exp(largest logit - log Σ exp(logits)). So P has the
-    sum, and no float32 copy of the logits is needed to find it. That probability is
-    never less than 1/V, so its logarithm is safe. If P is in bfloat16, it is rounded
-    by up to 0.2%, which moves the loss of a token by up to 0.002 nats, up or down.
+    The largest probability is exp(largest logit - log Σ exp(logits)). So softmax's
+    result has the sum, and no float32 copy of the logits is needed to find it. That
+    probability is never less than 1/V, so its logarithm is safe. In bfloat16 it is
+    rounded by up to 0.2%, which moves the loss of a token by up to 0.002 nats, up or
+    down.
     """
-    if torch.compiler.is_compiling():       # it makes one kernel of this, without the copy
-        log_sums = logits.to(dtype).logsumexp(dim=1)
-        P = (logits - log_sums[:, None]).exp().to(logits.dtype)
-        return P, log_sums
-    P = logits.softmax(dim=1)
-    return P, logits.amax(dim=1).to(dtype) - P.amax(dim=1).to(dtype).log()
+    P = logits.softmax(dim=1)                               # (n, V + padding)
+    largest_logits = logits.amax(dim=1).to(dtype)           # (n,)
+    largest_probabilities = P.amax(dim=1).to(dtype)         # (n,)
+    log_sums = largest_logits - largest_probabilities.log()
+    losses = log_sums - logits.gather(1, targets).squeeze(1)
+    minus_one = P.new_full((1, 1), -1.0)
+    d_logits = P.scatter_add_(1, targets, minus_one.expand(targets.shape))
+    return losses, d_logits
 
 
-def minus_onehot(P, targets):
-    """∂loss/∂logits = P - onehot(target), (n, V + padding), in the memory of P."""
-    if torch.compiler.is_compiling():       # it may lose writes in place
-        is_target = torch.arange(P.size(1), device=P.device) == targets
-        return P - is_target.to(P.dtype)
-    return P.scatter_add_(1, targets, P.new_full((1, 1), -1.0).expand(targets.shape))
-
-
-def added(total, part):
-    """total + part, in the memory of `total` unless this is compiled."""
-    if torch.compiler.is_compiling():
-        return total + part
-    return total.add_(part)
+@functools.cache
+def compiled_losses_and_gradients():
+    """losses_and_gradients in fewer kernels, which read and write the logits less often."""
+    return torch.compile(losses_and_gradients)

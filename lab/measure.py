@@ -141,10 +141,7 @@ def gradients_of(step):
 
 
 def gradients_made_ahead(loss):
-    """Bytes of the gradient of the head, if the chunked loss has made it in the forward pass.
-
-    0 in a compiled model, whose graph does not tell it from an activation.
-    """
+    """Bytes of the gradient of the head, if the chunked loss has made it in the forward pass."""
     return getattr(loss.grad_fn, "head_gradient_bytes", 0)
 
 
@@ -387,13 +384,10 @@ def loss_of(step, x, y, with_gradients):
     """A function that computes the loss of a micro-batch x, y again, from its hidden states."""
     hidden, head, targets, autocast = arguments_of_loss(step, x, y)
     hidden.requires_grad_()
-    loss = step.model.loss
-    if step.settings.compile:
-        loss = torch.compile(loss)
 
     def compute():
         with autocast(), torch.set_grad_enabled(with_gradients):
-            loss(hidden, head, targets)
+            step.model.loss(hidden, head, targets)
     return compute
 
 
@@ -413,7 +407,9 @@ def arguments_of_loss(step, x, y):
     if step.settings.compile:
         eager = torch.compiler.set_stance("force_eager")
     step.model.loss = note
-    with torch.no_grad(), eager:
-        step.forward(x, y)
-    step.model.loss = loss
+    try:
+        with torch.no_grad(), eager:
+            step.forward(x, y)
+    finally:
+        step.model.loss = loss
     return seen[0]

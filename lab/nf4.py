@@ -32,8 +32,8 @@ from lora_minimal import (
     known_classes,
     mask_ranks,
     replace_layer,
-    scaled_product,
     scaled_transpose,
+    transposed_product,
     weight_uses,
 )
 
@@ -351,19 +351,19 @@ class NF4LoRAProduct(torch.autograd.Function):
             W = layer.for_forward(dtype, ctx.needs_input_grad[0])   # (out, in)
             y = F.linear(rows, W, b if b is None else b.to(dtype))  # (N, out)
             y.addmm_(u, sBt)
-        ctx.save_for_backward(rows, u, packed, A_cast, sBt)
-        ctx.layer, ctx.s, ctx.x_shape = layer, s, x.shape
+        ctx.save_for_backward(rows, s * u, packed, A_cast, sBt)
+        ctx.layer, ctx.x_shape = layer, x.shape
         ctx.x_dtype, ctx.A_dtype, ctx.B_dtype = x.dtype, A.dtype, B.dtype
         return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
     def backward(ctx, g):
         refuse_second_derivative()
-        rows, u, _, A_cast, sBt = ctx.saved_tensors
+        rows, su, _, A_cast, sBt = ctx.saved_tensors
         g = g.reshape(len(rows), sBt.size(1))                       # (N, out)
         v = g @ sBt.t()                                             # (N, r)
         dA = v.t() @ rows                                           # (r, in)
-        dB = scaled_product(u.t(), g, ctx.s).t()                    # (out, r)
+        dB = transposed_product(g, su)                              # (out, r)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ ctx.layer.for_backward(rows.dtype)             # (N, in)

@@ -87,8 +87,6 @@ def predict_activations(step, x):
     residual_bytes = next(step.model.parameters()).element_size()
     sizes = (step.model, step.settings, product_bytes, residual_bytes)
     total = tokens * (bytes_of_blocks(*sizes) + bytes_of_head(*sizes))
-    if step.settings.compile:               # see lab.measure.gradients_made_ahead
-        total += bytes_of_head_gradient(step.model, step.settings)
     if product_bytes < residual_bytes and not step.settings.recompute:
         total += bytes_of_casts(step.model, product_bytes)
     return total
@@ -127,13 +125,6 @@ def bytes_of_head(model, settings, product_bytes, residual_bytes):
     if not settings.loss_chunk:
         total += 4 * V                      # log-probabilities
     return total
-
-
-def bytes_of_head_gradient(model, settings):
-    """Bytes of the head's gradient, if the chunked loss makes it in the forward pass."""
-    if settings.loss_chunk and model.lm_head.weight.requires_grad:
-        return 4 * model.config.vocab_size * model.config.n_embd
-    return 0
 
 
 def bytes_of_casts(model, product_bytes):

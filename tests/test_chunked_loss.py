@@ -4,9 +4,10 @@ from functools import partial
 import pytest
 import torch
 
+import lab.chunked_loss
 from conftest import make_gpt
 from gpt import plain_loss
-from lab.chunked_loss import ChunkedLoss, chunked_loss
+from lab.chunked_loss import ChunkedLoss, chunked_loss, losses_and_gradients
 from lab.measure import LiveBytes
 
 
@@ -53,7 +54,7 @@ def test_the_chunked_loss_is_the_derivative_of_itself():
     x, head, targets = random_layer(13, 6, 11, dtype=torch.float64)
 
     def loss(x, W):
-        return ChunkedLoss.apply(x, W, targets, 50, True)
+        return ChunkedLoss.apply(x, W, targets, 50, True, False)
 
     assert torch.autograd.gradcheck(loss, (x, head.weight))
     with pytest.raises(RuntimeError, match="second derivative"):
@@ -101,22 +102,43 @@ def test_logits_never_exist_whole_with_the_chunked_loss():
 
 
 @pytest.mark.parametrize("head", ["trained", "frozen"])
-def test_the_chunked_loss_compiles_without_a_break_for_an_odd_vocabulary(head):
-    x, layer, targets = random_layer(26, 16, 97)
-    layer.requires_grad_(head == "trained")
-    inputs = [x, layer.weight] if head == "trained" else [x]
-    _, loss = plain_loss(x[None], layer, targets[None])
-    gradients = torch.autograd.grad(loss, inputs)
-
+def test_in_a_compiled_model_the_chunked_loss_has_the_same_gradients(idx, head):
+    model = make_gpt()
+    model.lm_head.weight.requires_grad_(head == "trained")
+    loss, gradients = loss_and_gradients(model, idx, idx, chunk=97 * 16)
     torch.compiler.reset()
-    compiled = torch.compile(
-        partial(chunked_loss, chunk=97 * 8), backend="aot_eager", fullgraph=True
-    )
-    _, compiled_loss = compiled(x[None], layer, targets[None])
-    compiled_gradients = torch.autograd.grad(compiled_loss, inputs)
+    model.compile(backend="aot_eager")
+    compiled_loss, compiled_gradients = loss_and_gradients(model, idx, idx, chunk=97 * 16)
     torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=1e-5)
-    for compiled_gradient, gradient in zip(compiled_gradients, gradients, strict=True):
-        torch.testing.assert_close(compiled_gradient, gradient, atol=1e-6, rtol=1e-4)
+    assert gradients.keys() == compiled_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled_gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_done_with_the_logits_compiles_without_a_break():
+    logits = torch.randn(26, 97)
+    targets = torch.randint(97, (26, 1))
+    expected = losses_and_gradients(logits, targets, torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(losses_and_gradients, backend="aot_eager", fullgraph=True)
+    results = compiled(logits, targets, torch.float32)
+    for result, tensor in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_compile_asks_for_the_compiled_function(idx, monkeypatch):
+    calls = []
+
+    def noted(*args):
+        calls.append(args)
+        return losses_and_gradients(*args)
+
+    monkeypatch.setattr(lab.chunked_loss, "compiled_losses_and_gradients", lambda: noted)
+    model = make_gpt()
+    for compile in (False, True):
+        model.loss = partial(chunked_loss, chunk=97 * 16, compile=compile)
+        model(idx, idx)
+        assert bool(calls) == compile
 
 
 def test_the_loss_without_gradients_is_the_loss_with_them(model, idx):

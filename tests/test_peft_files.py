@@ -224,7 +224,9 @@ def assert_survives_the_file_and_peft(model, make_net, x, dir):
         loaded = other.get_submodule(path)
         assert (loaded.r, loaded.alpha) == (layer.r, layer.alpha)
     theirs = peft.PeftModel.from_pretrained(make_net(), dir)
-    torch.testing.assert_close(theirs(x), model(x), atol=1e-5, rtol=1e-5)
+    # The layers of a net multiply the rounding errors of one another, as they do its outputs.
+    scale = model(x).abs().max().item()
+    torch.testing.assert_close(theirs(x), model(x), atol=1e-5 * max(1, scale), rtol=0)
 
 
 def test_layers_of_different_rank_and_alpha_survive_the_file_and_peft(tmp_path):
