@@ -43,9 +43,9 @@ class LoRALinear(nn.Linear):
     def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
         super().__init__(base.in_features, base.out_features, device="meta")  # no memory
         self.weight, self.bias = base.weight, base.bias     # shared with base, not copied
-        new = dict(dtype=torch.float32, device=base.weight.device)
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **new))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **new))
+        options = dict(dtype=torch.float32, device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **options))
         # U(-1/√in, 1/√in), as in PEFT. The paper draws A from a Gaussian (§4.1).
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scaling = scaling_of(r, alpha, use_rslora)             # alpha / r
@@ -172,6 +172,7 @@ def adapt_layers(model, settings, lora_classes):
     model.requires_grad_(False)
     for path, layer in new_layers.items():
         replace_layer(model, path, layer)
+    # The new layers and those of earlier calls.
     for layer in find_lora_layers(model).values():
         for name, p in layer.named_parameters(recurse=False):
             p.requires_grad_(name not in ("weight", "bias"))
@@ -451,7 +452,7 @@ class LoRAProduct(torch.autograd.Function):
 
     Adding s B A to W first ("folding") pays if there are more tokens than inputs. It
     rounds the sum to the dtype of the products. If W is float32, that costs nothing
-    extra: autocast would round W anyway. If W is stored in bfloat16, an update smaller
+    extra, because autocast would round W anyway. If W is stored in bfloat16, an update smaller
     than half the gap between neighboring bfloat16 numbers would vanish. So there the
     two terms stay separate: see with_low_rank_term.
 
@@ -528,7 +529,9 @@ def with_low_rank_term(X, M, u, C, b=None):
 
 def scaled_transpose(B, s, dtype):
     """(s * B.t()).to(dtype).contiguous(), (r, out), in one kernel."""
-    return torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))
+    r, out_features = B.t().shape
+    result = B.new_empty(r, out_features, dtype=dtype)
+    return torch.mul(B.t(), s, out=result)
 
 
 def transposed_product(g, u):
@@ -546,7 +549,8 @@ def folded(W, A, sBt):
     if W.dtype == A.dtype:
         return torch.addmm(W, sBt.t(), A)
     BA = sBt.t() @ A
-    return torch.add(W, BA, out=torch.empty_like(W, dtype=A.dtype))
+    result = torch.empty_like(W, dtype=A.dtype)
+    return torch.add(W, BA, out=result)         # rounded as it is written
 
 
 def product_applies(layer, x):
@@ -596,9 +600,9 @@ class LoRAEmbedding(nn.Embedding):
     def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
         super().__init__(**embedding_options(base), device="meta")
         self.weight = base.weight
-        new = dict(dtype=torch.float32, device=base.weight.device)
-        self.lora_A = nn.Parameter(torch.zeros(r, self.num_embeddings, **new))
-        self.lora_B = nn.Parameter(torch.empty(self.embedding_dim, r, **new))
+        options = dict(dtype=torch.float32, device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.zeros(r, self.num_embeddings, **options))
+        self.lora_B = nn.Parameter(torch.empty(self.embedding_dim, r, **options))
         nn.init.normal_(self.lora_B)
         self.scaling = scaling_of(r, alpha, use_rslora)
         init_state(self, r, alpha, dropout, use_rslora)
@@ -810,7 +814,7 @@ def reason_against_lora(model, path, lora_classes):
 
 
 def reason_against_parent(parent):
-    """Why the layers inside a module may not be called, or None."""
+    """Why a module may use its layers without calling them, or None."""
     if hasattr(parent, "_orig_mod"):
         return "it is compiled on its own; compile the model after apply_lora"
     fast_path = torch.backends.mha.get_fastpath_enabled()

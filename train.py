@@ -33,6 +33,7 @@ and models with different tokenizers can be compared. The held-out text also sel
 the best weights, so it is a validation set.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -166,8 +167,8 @@ class Step:
 
     def set_learning_rate(self, n):
         """Linear warmup to the peak, then linear decay towards zero, for step n."""
-        done = (n + 1) / (self.settings.steps + 1)
-        warmup = self.settings.warmup
+        done = (n + 1) / (self.settings.steps + 1)      # the share of the training, 0 to 1
+        warmup = self.settings.warmup                   # also a share
         if done < warmup:
             factor = done / warmup
         else:
@@ -176,9 +177,9 @@ class Step:
 
 
 def prepare(model, settings):
-    """Set how the model computes its loss and gradients. Returns the model to call.
+    """Choose the loss of a model, and whether its blocks are recomputed.
 
-    With settings.compile that is the compiled one.
+    Returns the model to call: the compiled one with settings.compile.
     """
     model.recompute = settings.recompute
     model.loss = plain_loss
@@ -204,9 +205,10 @@ def autocast(model, dtype):
     autocast.
     """
     weight = next(model.parameters())
-    low = getattr(torch, dtype)
-    enabled = low != torch.float32 and weight.dtype == torch.float32
-    return torch.autocast(weight.device.type, dtype=low if enabled else None, enabled=enabled)
+    dtype = getattr(torch, dtype)
+    if dtype == torch.float32 or weight.dtype != torch.float32:
+        return nullcontext()
+    return torch.autocast(weight.device.type, dtype)
 
 
 @torch.no_grad()
@@ -386,7 +388,9 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
     peak = process_peak(device)             # before the steps that are measured come on top
     config = base_model.config
     del base_model, tuned                   # they make room for those steps
-    costs, predicted = comparison.costs_of(records, base, device, corpora["style"], Step)
+    costs, predicted = comparison.measure_runs(
+        records, base, device, corpora["style"], Step
+    )
     result = comparison.comparison_report(
         config, base_bpb, records, costs, qualities, peak, device
     )

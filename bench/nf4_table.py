@@ -33,11 +33,19 @@ CHUNK = 2**25           # logits that the loss computes at once on CUDA
 def tables():
     """All tables as Markdown."""
     parts = [f"**Predicted**, a LoRA step of 1 × 1024 tokens in 16 bits:\n\n{predicted()}"]
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
+    for result in sorted(results, key=place):
         title = f"**Measured** on {result['device']}, torch {result['torch']}"
         parts.append(f"{title}: {SHOW[result['part']](result)}")
     return "\n".join(parts)
+
+
+def place(result):
+    """The place of a result among the tables: steps first, the float16 ones after the others."""
+    bases = [row["base"] for row in result["rows"]]
+    return (
+        list(SHOW).index(result["part"]), "bfloat16" not in bases, not result.get("recompute"),
+    )
 
 
 def markdown(rows):
@@ -90,14 +98,15 @@ def show_steps(result):
     batch, block = result["batch"]
     how = "recomputed, " if result["recompute"] else ""
     how += "captured" if result["captured"] else "eager"
-    rows = [["base", "step", "÷ bfloat16", "peak of a step", "weights"]]
     by_base = {row["base"]: row for row in result["rows"]}
+    reference = "bfloat16" if "bfloat16" in by_base else "float16"
+    if reference == "float16":
+        how += ", with `--dtype float16`"
+    rows = [["base", "step", f"÷ {reference}", "peak of a step", "weights"]]
     for row in result["rows"]:
-        ratio = "-"
-        if "bfloat16" in by_base:
-            ratio = f"{row['step_ms'] / by_base['bfloat16']['step_ms']:.2f}"
+        ratio = row["step_ms"] / by_base[reference]["step_ms"]
         rows.append([
-            name_of_base(row["base"]), f"{row['step_ms']:.1f} ms", ratio,
+            name_of_base(row["base"]), f"{row['step_ms']:.1f} ms", f"{ratio:.2f}",
             size(row["peak_bytes"]), size(row["weight_bytes"]),
         ])
     return f"a step of `{result['shape']}`, {batch} × {block}, {how}\n\n{markdown(rows)}"

@@ -21,7 +21,7 @@ from lab.parallel import from_first
 from lab.plot import plot_comparison
 from lab.predict import predict
 from lab.progress import best_of
-from lab.report import findings, headline_numbers, ledgers, table, voices_table
+from lab.report import findings, headline_numbers, predicted_and_measured, table, voices_table
 from lab.settings import UsageError, settings_of
 from lora_minimal import apply_lora, load_lora
 
@@ -30,8 +30,8 @@ KEPT_FILES = {      # what a method leaves on disk for a style
     "lora": (files.ADAPTER, files.ADAPTER_CONFIG),
 }
 
-# A LoRA step with the loss and the base of full fine-tuning, if those are not its own.
-LORA_ALIKE = "lora, like for like"
+# The name of a LoRA step with the loss and the base of full fine-tuning.
+LIKE_FOR_LIKE = "lora, like for like"
 
 # Names that voices uses itself, beside the adapters.
 TAKEN = {"", "base", "the base", files.TOKENS, files.DOWNLOADS, files.VOICES}
@@ -51,18 +51,18 @@ def measure_costs(steps, corpus):
     return measure(steps, x, y), predicted
 
 
-def costs_of(records, base, device, corpus, make_step):
-    """measure_costs() for the steps of runs {method: record}, with the weights of the base.
+def measure_runs(records, base, device, corpus, make_step):
+    """measure_costs() for a step of each run {method: record}, with the weights of the base.
 
-    If the runs differ in their loss or base, there is a third step: LORA_ALIKE.
-    make_step is train.Step.
+    If the runs differ in their loss or base, there is a third step, LIKE_FOR_LIKE: that
+    of LoRA, but with the loss and base of full fine-tuning. make_step is train.Step.
     """
     settings = {method: settings_of(record) for method, record in records.items()}
     loras = {method: record["asked"]["lora"] for method, record in records.items()}
-    alike = like_for_like(settings["full"], settings["lora"])
-    if alike != settings["lora"]:
-        settings[LORA_ALIKE] = alike
-        loras[LORA_ALIKE] = loras["lora"]
+    comparable = like_for_like(settings["full"], settings["lora"])
+    if comparable != settings["lora"]:
+        settings[LIKE_FOR_LIKE] = comparable
+        loras[LIKE_FOR_LIKE] = loras["lora"]
     steps = {}
     for name, own in settings.items():
         model, _, _ = load_model(base, device, own.dropout, own.base_dtype, own.dtype)
@@ -132,7 +132,7 @@ def comparison_report(config, base_bpb, records, costs, qualities, peak, device)
     """
     settings = {method: record["asked"]["settings"] for method, record in records.items()}
     lora = records["lora"]["asked"]["lora"]
-    alike = costs.get(LORA_ALIKE, costs["lora"])
+    comparable = costs.get(LIKE_FOR_LIKE, costs["lora"])
     return {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -140,10 +140,10 @@ def comparison_report(config, base_bpb, records, costs, qualities, peak, device)
         "base": {"bpb": base_bpb},
         "process_peak": peak,
         "like_for_like": {
-            **advantages(costs["full"], alike),
+            **advantages(costs["full"], comparable),
             "loss_chunk": settings["full"]["loss_chunk"],
             "base_dtype": settings["full"]["base_dtype"],
-            "lora": alike,
+            "lora": comparable,
         },
         "defaults": advantages(costs["full"], costs["lora"]),
         "methods": {method: {**costs[method], **qualities[method]} for method in qualities},
@@ -161,7 +161,7 @@ def print_comparison(report, predicted, records, style, base_name):
     """Print the comparison as tables and sentences."""
     say(headline_numbers(report) + "\n")
     say(table(report, style, base_name) + "\n")
-    say(ledgers(report, predicted) + "\n")
+    say(predicted_and_measured(report, predicted) + "\n")
     for sentence in findings(report, curves_of(records)):
         bullet(sentence)
 

@@ -2,8 +2,8 @@
 What a training step costs, measured: memory by kind, time by phase.
 
     weights        everything the model holds, trained or frozen
-    gradients      one number for each trained one
-    optimizer      AdamW keeps two numbers for each trained one
+    gradients      one number for each trained parameter
+    optimizer      AdamW keeps two numbers for each trained parameter
     activations    what the forward pass keeps for the backward pass
 
     forward        from a batch to its loss
@@ -15,7 +15,7 @@ gradients of the hidden states and of the head while it has the logits. That tim
 counted as backward, and the gradient of the head is no activation.
 
 LoRA nearly eliminates gradients and optimizer state. It hardly changes the
-activations, and it shrinks the weights only if the frozen base is stored in bfloat16.
+activations, and it shrinks the weights only if the frozen base is stored in fewer bits.
 """
 import contextlib
 import statistics
@@ -108,7 +108,7 @@ def measure_memory(step, x, y):
     Returns {"weights", "gradients", "optimizer", "activations", "peak"} in bytes. On
     CUDA, activations and peak are those of the allocator. Elsewhere, activations are
     the tensors that autograd saves in the forward pass, and the peak is that of all
-    live tensors. Activations do not include gradients_made_ahead(), which are among
+    live tensors. Activations do not include bytes_made_ahead(), which are among
     the gradients. The peak can be less than the sum: activations are freed while
     gradients are made.
     """
@@ -136,11 +136,11 @@ def optimizer_states(step):
     return tensors
 
 
-def gradients_of(step):
+def bytes_of_gradients(step):
     return bytes_of(p.grad for p in step.trained.values())
 
 
-def gradients_made_ahead(loss):
+def bytes_made_ahead(loss):
     """Bytes of the gradient of the head, if the chunked loss has made it in the forward pass."""
     return getattr(loss.grad_fn, "head_gradient_bytes", 0)
 
@@ -148,15 +148,15 @@ def gradients_made_ahead(loss):
 def run_on_cuda(step, x, y, weights, states):
     """Run a step. Returns the allocator's bytes of gradients, activations and peak."""
     torch.cuda.synchronize()
-    others = torch.cuda.memory_allocated() - bytes_of(weights + states + [x, y])
+    unrelated = torch.cuda.memory_allocated() - bytes_of(weights + states + [x, y])
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss = step.forward(x, y)
-    activations = torch.cuda.memory_allocated() - before - gradients_made_ahead(loss)
+    activations = torch.cuda.memory_allocated() - before - bytes_made_ahead(loss)
     step.backward(loss)
-    gradients = gradients_of(step)
+    gradients = bytes_of_gradients(step)
     step.update()
-    peak = torch.cuda.max_memory_allocated() - others
+    peak = torch.cuda.max_memory_allocated() - unrelated
     return gradients, activations, peak
 
 
@@ -173,10 +173,10 @@ def run_counting_tensors(step, x, y, weights, states):
     with LiveBytes(weights + states + [x, y]) as live:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = step.forward(x, y)
-        activations = bytes_of(saved) - gradients_made_ahead(loss)
+        activations = bytes_of(saved) - bytes_made_ahead(loss)
         saved.clear()
         step.backward(loss)
-        gradients = gradients_of(step)
+        gradients = bytes_of_gradients(step)
         step.update()
     return gradients, activations, live.peak
 
@@ -336,7 +336,7 @@ def loss_sampler(step, x, y, with_gradients):
         return lambda: 0.0
     functions = []
     for part_x, part_y in step.micro_batches(x, y):
-        functions.append(loss_of(step, part_x, part_y, with_gradients))
+        functions.append(loss_again(step, part_x, part_y, with_gradients))
     functions = as_in_the_step(step, functions)
 
     def compute():
@@ -380,9 +380,9 @@ def phases_of(step, x, y):
     return phases
 
 
-def loss_of(step, x, y, with_gradients):
+def loss_again(step, x, y, with_gradients):
     """A function that computes the loss of a micro-batch x, y again, from its hidden states."""
-    hidden, head, targets, autocast = arguments_of_loss(step, x, y)
+    hidden, head, targets, autocast = what_the_loss_gets(step, x, y)
     hidden.requires_grad_()
 
     def compute():
@@ -391,7 +391,7 @@ def loss_of(step, x, y, with_gradients):
     return compute
 
 
-def arguments_of_loss(step, x, y):
+def what_the_loss_gets(step, x, y):
     """What the model calls its loss with for x, y: hidden states, head, targets, and autocast."""
     loss, seen = step.model.loss, []
 

@@ -79,15 +79,15 @@ class Muon(torch.optim.Optimizer):
         """One step for n matrices (rows, columns) of one shape."""
         lr, momentum = group["lr"], group["momentum"]
         G = torch.stack([p.grad for p in matrices])             # (n, rows, columns)
-        weight = 1 - momentum
+        share_of_G = 1 - momentum
         if unless is not None:
             # An `if` would wait for the GPU. Instead, the gradients and the factors of
             # the step become 0.
             G.masked_fill_(unless, 0.0)
             lr = lr * ~unless
-            weight = weight * ~unless
+            share_of_G = share_of_G * ~unless
         M = self.state[matrices[0]]["momenta"]
-        M.lerp_(G, weight)                                      # the running mean
+        M.lerp_(G, share_of_G)                                  # the running mean
         lookahead = G.lerp(M, momentum)                         # Nesterov
         change = orthogonalized(lookahead).to(G.dtype)
         # The entries of U Vᵀ are smaller if it is tall. With this factor their root

@@ -22,6 +22,8 @@ forgotten: forward and backward keep no copy of it.
 
 Read it from the top: the levels, a matrix, its bytes, the layers.
 """
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -60,10 +62,12 @@ def nf4_levels():
 
 
 def normal_quantiles(n):
-    """n quantiles of a normal distribution between its median and 1, divided by the last."""
-    probabilities = torch.linspace(OUTERMOST, 0.5, n + 1)[:-1]      # 0.5 is the median, 0
+    """n quantiles of a normal distribution above its median, ascending, scaled to end at 1."""
+    # Falling from OUTERMOST, as bitsandbytes computes them; 0.5, the median, is left out.
+    probabilities = torch.linspace(OUTERMOST, 0.5, n + 1)[:-1]
     quantiles = torch.special.ndtri(probabilities.double()).float()
-    return (quantiles / quantiles[0]).flip(0)
+    largest = quantiles[0]
+    return (quantiles / largest).flip(0)
 
 
 def scale_levels():
@@ -108,10 +112,10 @@ def encode(W):
 
 
 def decode(codes, scales, shape, dtype):
-    """scale · level[code], in a shape and dtype: the inverse of encode(), but for rounding.
+    """scale · level[code], in a shape and dtype: the inverse of encode(), except for rounding.
 
-    A byte is looked up as a whole: a table has the two levels of each. So the codes are
-    read once, and the result is written in the dtype that the product needs.
+    A byte has two codes. A table gives the two levels of each of the 256 bytes, so every
+    byte is read once, and not taken apart. The table has the dtype of the result.
     """
     if dtype.itemsize > 4:
         return decode(codes, scales, shape, torch.float32).to(dtype)
@@ -134,7 +138,10 @@ TABLES = {}
 
 
 def on_device(make, device, *arguments):
-    """make(*arguments) on a device: made and copied there once, since a copy waits for it."""
+    """The tensor make(*arguments) on a device. Later calls return the same one again.
+
+    A copy to a GPU would make the CPU wait for it in every step.
+    """
     key = (make, device, *arguments)
     if key not in TABLES:
         with torch.inference_mode(False):
@@ -156,7 +163,7 @@ def encode_scales(scales):
 
 
 def decode_scales(mean, largest, codes):
-    """The inverse of encode_scales(), but for rounding: (256 · groups,) float32."""
+    """The inverse of encode_scales(), except for rounding: (256 · groups,) float32."""
     levels = on_device(scale_levels, codes.device)
     levels = levels.index_select(0, codes.flatten().int()).view(-1, GROUP)
     return torch.addcmul(mean, levels, largest[:, None]).flatten()
@@ -168,10 +175,11 @@ def decode_scales(mean, largest, codes):
 
 def sizes_of(n):
     """Bytes of the parts of n numbers: (mean and largest, codes of the scales, codes)."""
-    blocks = -(-n // BLOCK)
-    groups = -(-blocks // GROUP)
+    blocks = math.ceil(n / BLOCK)
+    groups = math.ceil(blocks / GROUP)
     floats = 4 * (1 + groups)
-    return floats + -floats % 16, groups * GROUP, blocks * BLOCK // 2   # codes begin aligned
+    aligned_floats = 16 * math.ceil(floats / 16)        # so that the codes begin aligned
+    return aligned_floats, groups * GROUP, blocks * BLOCK // 2
 
 
 def quantize(W):

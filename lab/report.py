@@ -66,7 +66,7 @@ def table(report, style, base_name):
 
     row("parameters trained", "trainable_params", "{:,}".format)
     row("parameters in total", "total_params", "{:,}".format)
-    row("disk space per style", "checkpoint_bytes", size)
+    row("size on disk", "checkpoint_bytes", size)
     for kind in ("weights", "gradients", "optimizer", "activations"):
         row(f"memory: {kind}", f"memory.{kind}", size)
     row("memory: peak of a step", "memory.peak", size)
@@ -110,7 +110,7 @@ TOLERANCE = 0.05
 
 
 def difference(times):
-    """A step less the sum of its phases, in milliseconds."""
+    """The time of a step minus the sum of its phases, in milliseconds."""
     return times["step_ms"] - sum_of_phases(times)
 
 
@@ -128,7 +128,7 @@ def all_add_up(methods):
 
 
 def differences(methods):
-    """The cells of a row of what the phases lack, or have too much."""
+    """The cells of a row with the time of a step minus the sum of its phases."""
     return [as_ms(difference(methods[method]["time"])) for method in METHODS]
 
 
@@ -149,7 +149,7 @@ def notes_on_table(report):
             "LoRA, counts as backward."
         )
     if not all_add_up(report["methods"]):
-        notes.append(f"\"{DIFFERENCE}\" is the time of a step less the sum of its phases. "
+        notes.append(f"\"{DIFFERENCE}\" is the time of a step minus the sum of its phases. "
                      f"{why_different(full)}")
     return notes
 
@@ -192,7 +192,7 @@ def as_flop(operations):
     return f"{n:.3g} {unit}"
 
 
-def ledgers(report, predicted):
+def predicted_and_measured(report, predicted):
     """What a step should cost beside what it was measured to cost.
 
     predicted {method: lab.predict.predict(...)}.
@@ -237,10 +237,10 @@ def time_rows(predicted, measured):
         for part, name in PARTS.items():
             counts = [predicted[method]["operations"][part] for method in METHODS]
             if part.startswith(phase) and any(counts):
-                row(f"  of it, {name}", partial(operations_of, part))
+                row(f"  {name}", partial(operations_of, part))
     if any(predicted[method]["ahead"] for method in METHODS):
-        row("  of that, done ahead by the loss", operations_ahead, "ahead")
-    row("time: optimizer", no_count, "optimizer")
+        row("  computed ahead, with the loss", operations_ahead, "ahead")
+    row("time: optimizer", not_counted, "optimizer")
     if not all_add_up(measured):
         of_full, of_lora = differences(measured)
         rows.append([DIFFERENCE, "", of_full, "", of_lora])
@@ -258,8 +258,8 @@ def operations_ahead(prediction):
     return prediction["ahead"]
 
 
-def no_count(prediction):
-    """The optimizer's few operations for each parameter are not counted."""
+def not_counted(prediction):
+    """None: the optimizer does a few operations for each parameter, which are not counted."""
     return None
 
 
@@ -329,18 +329,18 @@ def by_default(report, key):
 def disk_finding(report):
     full, lora = (report["methods"][method]["checkpoint_bytes"] for method in METHODS)
     return (
-        f"Disk: a style takes {size(lora)} instead of {size(full)}. The space of one "
-        f"full copy holds this many adapters: {full / lora:.0f}."
+        f"Disk: the adapter takes {size(lora)}, the fully tuned model {size(full)}: "
+        f"{full / lora:.0f} times as much."
     )
 
 
 def quality_finding(report):
     full, lora = (report["methods"][method]["style_bpb_after"] for method in METHODS)
     gap = lora / full - 1
+    higher_or_lower = "higher" if gap > 0 else "lower"
     return (
-        f"Quality: the best of LoRA is {abs(gap):.1%} "
-        f"{'above' if gap > 0 else 'below'} the best of full fine-tuning, in bits "
-        "per byte (lower is better)."
+        f"Quality: LoRA's best loss is {abs(gap):.1%} {higher_or_lower} than that of full "
+        "fine-tuning, in bits per byte of held-out text (lower is better)."
     )
 
 

@@ -15,7 +15,7 @@ import train
 from conftest import make_gpt, run
 from data import BUILT_IN, read_text, tokenize
 from gpt import GPT
-from lab.comparison import comparison_report, costs_of
+from lab.comparison import comparison_report, measure_runs
 from lab.models import load_corpus
 from lab.settings import UsageError, settings_for
 from lab.tokenizer_files import load_tokenizer, save_tokenizer
@@ -156,7 +156,7 @@ def test_like_for_like_lora_has_the_loss_and_the_base_of_full_fine_tuning(small_
         records[method] = {"asked": {"settings": settings, "lora": lora}}
     records["full"]["asked"]["lora"] = None
     corpus = load_corpus("noir", load_tokenizer(small_base), small_base, 32)
-    costs, _ = costs_of(records, small_base, "cpu", corpus, train.Step)
+    costs, _ = measure_runs(records, small_base, "cpu", corpus, train.Step)
     config = GPT.from_pretrained(small_base).config
     qualities = {"full": {}, "lora": {}}
     report = comparison_report(config, 1.0, records, costs, qualities, {}, "cpu")

@@ -266,7 +266,7 @@ def press_ctrl_c(*args, **options):
 
 def test_after_a_stop_of_a_fresh_comparison_the_advice_leaves_out_fresh(
         home, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.comparison, "costs_of", press_ctrl_c)
+    monkeypatch.setattr(train.comparison, "measure_runs", press_ctrl_c)
     code, _, error = run(
         capsys, "compare", "--base", home / "base", "--data", home / "other.txt", "--out",
         tmp_path, *TINY, "--fresh",
