@@ -89,12 +89,12 @@ def three_numbers():
          f"{full_disk / lora_disk:.0f} × smaller", "the 1M model of the run below"),
         ("memory of a step", size(full_peak), size(lora_peak),
          f"{full_peak / lora_peak:.1f} × less",
-         f"GPT-2 XL, 1 × 1024 tokens, {machine_of(full_xl)}; the weights are large compared "
-         "with the activations; both recompute the blocks; only LoRA's base can be in bfloat16"),
+         f"GPT-2 XL, 1 × 1024 tokens, {machine_of(full_xl)}, blocks recomputed. Not quite like "
+         "for like: only a frozen base, LoRA's, can be stored in bfloat16"),
         ("time of a step", f"{full_ms:.1f} ms", f"{lora_ms:.1f} ms",
          f"{full_ms / lora_ms:.2f} × faster",
-         f"GPT-2 124M, 8 × 1024 tokens, {machine_of(full_124)}; the backward pass is "
-         "written by hand"),
+         f"GPT-2 124M, 8 × 1024 tokens, {machine_of(full_124)}, with the backward pass of "
+         "`LoRAProduct`"),
     ])
 
 
