@@ -438,23 +438,28 @@ class LoRAProduct(torch.autograd.Function):
         v = s g B (N, r)           ∂x = g W + v A      ∂A = vᵀ x      ∂B = s gᵀ u
 
     W is frozen, so ∂W = gᵀ x, a third of the products of full fine-tuning, is not
-    computed. Autograd finds the same gradients from definition(), but more slowly,
-    because it takes the products in the order in which the forward pass is written:
+    computed. Autograd finds the same gradients from definition(). But it takes the
+    products in the order in which the forward pass is written, and that is slow:
 
-        as autograd does it     µs       as it is done here                          µs
-        gᵀ u                   974       (uᵀ g)ᵀ: reads g row by row, as stored     201
-        g B                    407       g B, with Bᵀ stored contiguously           179
-        y += s u Bᵀ            177       x (W + s B A)ᵀ: add s B A to W before       19
-        ∂x += v A              177       g (W + s B A)                               19
+    1. gᵀ u reads g, which is stored row by row, in columns. (uᵀ g)ᵀ reads it in rows.
+       In the same way, g B is faster if Bᵀ is stored contiguously.
+    2. Adding s u Bᵀ to the finished x Wᵀ reads and writes all of y once more. If there
+       are more tokens than inputs, y is larger than W, and it is cheaper to add s B A to
+       W first: y = x (W + s B A)ᵀ. This is called folding. The same holds for ∂x.
+
+        as autograd does it     µs       as it is done here      µs
+        gᵀ u                   974       (uᵀ g)ᵀ                201
+        g B                    407       g B, B transposed      179
+        y += s u Bᵀ            177       W + s B A               19
+        ∂x += v A              177       W + s B A               19
 
     These are the times for 128 -> 512, N = 2048 and r = 8 on two CPU cores, where x
     Wᵀ, g W and gᵀ x take 1465, 1191 and 1421 µs; bench/products.py measures them.
 
-    Adding s B A to W first ("folding") pays if there are more tokens than inputs. It
-    rounds the sum to the dtype of the products. If W is float32, that costs nothing
-    extra, because autocast would round W anyway. If W is stored in bfloat16, an update smaller
-    than half the gap between neighboring bfloat16 numbers would vanish. So there the
-    two terms stay separate: see with_low_rank_term.
+    Folding rounds the sum to the dtype of the products. If W is float32, that costs no
+    precision, because autocast would round W anyway. If W is stored in bfloat16, an
+    update smaller than half the gap between neighboring bfloat16 numbers would vanish.
+    So there the two terms stay separate: see with_low_rank_term.
 
     Saved for backward: x, W, and tensors with a side of length r.
     """

@@ -12,8 +12,8 @@ NOT_TESTABLE = "not testable here"
 
 # Where a number of a paper was read.
 ABSTRACT = "the abstract was read"
-SECOND_HAND = "read in summaries, not in the source"
-NOTES = "as noted by an earlier reading of the paper, not read again"
+SECOND_HAND = "quoted from summaries of the paper"
+NOTES = "quoted from notes on the paper, and not checked against it again"
 UNCHECKED = "not checked"
 
 
