@@ -4,6 +4,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"          # the oracles must not use the netwo
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"         # small products gain nothing from threads
 
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -13,6 +14,18 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from gpt import GPT, GPTConfig  # noqa: E402
+
+
+def pytest_configure():
+    """Let the tests of signals work in the background and under nohup.
+
+    A shell starts processes in the background with SIGINT ignored, and nohup with SIGHUP
+    ignored. Their child processes inherit that.
+    """
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)            # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def is_of_notebooks(item):

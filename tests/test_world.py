@@ -191,7 +191,7 @@ def test_a_signal_that_the_process_was_told_to_ignore_stays_ignored():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_each_signal_that_ends_a_run_leaves_a_checkpoint_that_resume_continues(
         home, tmp_path, capsys, monkeypatch, number):
-    with monkeypatch.context() as patch, not_ignored(number):
+    with monkeypatch.context() as patch:
         patch.setattr(Step, "set_learning_rate", signal_at(number, Step.set_learning_rate))
         code, _, error = run(capsys, *tune(home, tmp_path))
     assert code == 130
@@ -199,18 +199,6 @@ def test_each_signal_that_ends_a_run_leaves_a_checkpoint_that_resume_continues(
     assert (tmp_path / "checkpoint.safetensors").exists()
     code, _, error = run(capsys, *tune(home, tmp_path), "--resume")
     assert code == 0, error
-
-
-@contextmanager
-def not_ignored(number):
-    """The tests may run under nohup, where SIGHUP is ignored."""
-    old = signal.getsignal(number)
-    if old == signal.SIG_IGN:
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(number, old)
 
 
 def signal_at(number, function):
