@@ -210,6 +210,9 @@ def resident_peak():
 
 
 # ---- time --------------------------------------------------------------------------
+# Samplers, functions that measure once, are called in turn (round_robin). A step has up
+# to four of them: its phases one by one; the loss with and without gradients, whose
+# difference is what the loss computes ahead; and, except on a CPU, the step as a whole.
 
 def clock(device):
     """Seconds, read after the device has finished all that it was asked to do."""
