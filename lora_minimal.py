@@ -41,7 +41,7 @@ class LoRALinear(nn.Linear):
     """
 
     def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
-        super().__init__(base.in_features, base.out_features, device="meta")  # no memory
+        super().__init__(base.in_features, base.out_features, device="meta")      # allocates nothing
         self.weight, self.bias = base.weight, base.bias     # shared with base, not copied
         options = dict(dtype=torch.float32, device=base.weight.device)
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))

@@ -32,9 +32,8 @@ def chunked_loss(x, head, targets, chunk, compile=False):
 
     x (..., C) are the hidden states, head is an nn.Linear without bias whose weight
     is (V, C), targets (...) int64, where -100 is ignored. A chunk is a multiple of 8
-    tokens. compile asks for torch.compile of what is done with the logits: it needs a
-    compiler. Returns (None, loss): there are no logits, and the loss () is float32, or
-    float64 if x is.
+    tokens. compile: compile what is done with the logits of a chunk. Returns (None,
+    loss): there are no logits, and the loss () is float32, or float64 if x is.
     """
     wants_gradients = torch.is_grad_enabled()       # inside a Function's forward it is always off
     loss = ChunkedLoss.apply(
@@ -49,7 +48,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, targets, chunk, wants_gradients, compile):
         device, V = x.device.type, len(W)
-        ctx.dtype = dtype = x.dtype
+        dtype = x.dtype                             # of the products
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         precise = torch.float32 if dtype.itemsize < 4 else dtype    # for sums and logarithms
@@ -81,6 +80,7 @@ class ChunkedLoss(torch.autograd.Function):
                 logits = d_logits = None                # freed before the next ones are made
             if wants_gradients:
                 ctx.save_for_backward(torch.cat(dx) * valid[:, None], dW, n_valid)
+            ctx.dtype = x.dtype
             ctx.head_gradient_bytes = dW.nbytes if head_trains else 0   # for lab/measure.py
         return loss / n_valid
 

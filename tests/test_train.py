@@ -12,7 +12,7 @@ from gpt import GPT
 from lab.capture import captured
 from lab.measure import LiveBytes
 from lab.models import load_model
-from lab.settings import Settings
+from lab.settings import Settings, settings_for
 from lora_minimal import apply_lora
 from train import Step, evaluate, pretrain, train
 
@@ -65,6 +65,11 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_almost_zero():
     assert rates[-1] < 0.02
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_compiled_step_is_captured_unless_that_is_refused():
+    assert settings_for("lora", "cpu", compile=True).graph
+    assert not settings_for("lora", "cpu", compile=True, graph=False).graph
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
