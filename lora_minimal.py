@@ -20,7 +20,7 @@ as fast as the base.
 Read it from the top. The layer, LoRA on a model, and merging are the method. Then
 comes the same product with a backward pass written by hand, without which LoRA on all
 layers is often no faster than full fine-tuning. The last parts are for reference:
-other kinds of layers, what can be adapted, and how a layer is exchanged.
+other kinds of layers, what can be adapted, and how a layer is replaced.
 """
 import math
 import sys
@@ -41,7 +41,7 @@ class LoRALinear(nn.Linear):
     """
 
     def __init__(self, base, r=8, alpha=16, dropout=0.0, use_rslora=False):
-        super().__init__(base.in_features, base.out_features, device="meta")      # allocates nothing
+        super().__init__(base.in_features, base.out_features, device="meta")  # no memory
         self.weight, self.bias = base.weight, base.bias     # shared with base, not copied
         options = dict(dtype=torch.float32, device=base.weight.device)
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))
@@ -143,7 +143,7 @@ def apply_lora(model, r=8, alpha=16, target_modules=("c_attn", "c_proj", "c_fc")
     the output heads of transformers' models. A second call on other layers adds to
     the first, so the rank may differ between layers.
 
-    layers  more kinds of layers, {class: its LoRA class}, in addition to those of known_classes()
+    layers  {class of a layer: its LoRA class}, in addition to Linear, Embedding and Conv1D
 
     Returns the paths of the adapted layers. Raises ValueError, and leaves the model
     as it was, if a setting is out of range, a target matches nothing, or a layer
@@ -172,10 +172,11 @@ def adapt_layers(model, settings, lora_classes):
     model.requires_grad_(False)
     for path, layer in new_layers.items():
         replace_layer(model, path, layer)
-    # The new layers and those of earlier calls.
+    # That froze the A and B of earlier calls, too.
     for layer in find_lora_layers(model).values():
         for name, p in layer.named_parameters(recurse=False):
-            p.requires_grad_(name not in ("weight", "bias"))
+            is_A_or_B = name not in ("weight", "bias")
+            p.requires_grad_(is_A_or_B)
 
 
 def is_lora(module):
@@ -394,14 +395,14 @@ def unmerge(layer):
 def note_change(layer):
     """Tell autograd that the weight has changed: it does not notice an assigned .data.
 
-    A backward pass whose forward used the old weight then raises, and does not
-    silently use the new one.
+    A backward pass whose forward used the old weight then raises an error, instead of
+    silently using the new one.
     """
     torch.autograd.graph.increment_version(layer.weight)
 
 
 def guard_backward(y, layer):
-    """y, the output of a merged layer. If A and B require gradients, backward raises."""
+    """Return y, the output of a merged layer; its backward raises if A and B should train."""
     trains = torch.is_grad_enabled() and layer.lora_A.requires_grad
     # torch.compile cannot trace a backward that raises: there is no guard there.
     if trains and not torch.compiler.is_compiling():
@@ -427,25 +428,33 @@ class RefuseBackward(torch.autograd.Function):
         raise RuntimeError("A and B are merged and get no gradient; call unmerge_lora(model)")
 
 
-# ---- the same product with a backward pass by hand ---------------------------------
+# ---- W x + b + scaling B A x with a backward pass by hand --------------------------
 
 class LoRAProduct(torch.autograd.Function):
     """y = W x + b + s B A x, with a backward pass that is faster than autograd's.
 
     s is the scaling. For N tokens, x is (N, in), y and g = ∂loss/∂y are (N, out):
 
-        u = x Aᵀ (N, r)            y = x Wᵀ + b + s u Bᵀ
-        v = s g B (N, r)           ∂x = g W + v A      ∂A = vᵀ x      ∂B = s gᵀ u
+        u = x Aᵀ                   (N, r)
+        y = x Wᵀ + b + s u Bᵀ      (N, out)
+
+    A product Y = P Q has the gradients ∂P = ∂Y Qᵀ and ∂Q = Pᵀ ∂Y, where ∂P is short for
+    ∂loss/∂P. For s u Bᵀ, and then for u = x Aᵀ, whose gradient is v, that gives
+
+        v = s g B                  (N, r)
+        ∂x = g W + v A             (N, in)
+        ∂A = vᵀ x                  (r, in)
+        ∂B = s gᵀ u                (out, r)
 
     W is frozen, so ∂W = gᵀ x, a third of the products of full fine-tuning, is not
-    computed. Autograd finds the same gradients from definition(). But it takes the
-    products in the order in which the forward pass is written, and that is slow:
+    computed. Autograd finds the same gradients from definition(), but more slowly:
 
-    1. gᵀ u reads g, which is stored row by row, in columns. (uᵀ g)ᵀ reads it in rows.
-       In the same way, g B is faster if Bᵀ is stored contiguously.
-    2. Adding s u Bᵀ to the finished x Wᵀ reads and writes all of y once more. If there
-       are more tokens than inputs, y is larger than W, and it is cheaper to add s B A to
-       W first: y = x (W + s B A)ᵀ. This is called folding. The same holds for ∂x.
+    1. g is stored row by row, and gᵀ u reads it column by column. (uᵀ g)ᵀ is the same
+       matrix, and reads it row by row, which is faster on a CPU. For the same reason g B
+       is faster with a contiguous copy of Bᵀ.
+    2. Adding s u Bᵀ to the finished x Wᵀ reads and writes all of y once more. If N > in,
+       y is larger than W, and it is cheaper to add s B A to W first: y = x (W + s B A)ᵀ.
+       This is called folding. ∂x = g (W + s B A) is folded in the same cases.
 
         as autograd does it     µs       as it is done here      µs
         gᵀ u                   974       (uᵀ g)ᵀ                201
@@ -456,10 +465,11 @@ class LoRAProduct(torch.autograd.Function):
     These are the times for 128 -> 512, N = 2048 and r = 8 on two CPU cores, where x
     Wᵀ, g W and gᵀ x take 1465, 1191 and 1421 µs; bench/products.py measures them.
 
-    Folding rounds the sum to the dtype of the products. If W is float32, that costs no
-    precision, because autocast would round W anyway. If W is stored in bfloat16, an
-    update smaller than half the gap between neighboring bfloat16 numbers would vanish.
-    So there the two terms stay separate: see with_low_rank_term.
+    Folding rounds W + s B A to the dtype of the products. If W is stored in float32,
+    nothing is lost: without autocast nothing is rounded, and with it W would be rounded
+    anyway. But a W stored in bfloat16 is exact as it is, and in the rounded sum an update
+    smaller than half the gap between neighboring bfloat16 numbers would vanish. So there
+    the two terms stay separate: see with_low_rank_term.
 
     Saved for backward: x, W, and tensors with a side of length r.
     """
@@ -512,9 +522,11 @@ class LoRAProduct(torch.autograd.Function):
 def with_low_rank_term(X, M, u, C, b=None):
     """X M + u C + b (N, n), for X (N, m), M (m, n), u (N, r), C (r, n) and b (n,) or None.
 
-    Adding u C to the finished X M reads and writes all of it. On an H200 that takes 46
-    µs for 8,192 tokens and 768 -> 3072, while X M itself takes 64. If the result is
-    much wider than X, copying X and M and computing one product adds only 30 µs:
+    In the forward pass X is x, M = Wᵀ and C = s Bᵀ; in the backward pass X is g, M = W,
+    u is v and C = A. Adding u C to the finished X M reads and writes all of it once more.
+    On an H200 that takes 46 µs for 8,192 tokens and 768 -> 3072, while X M itself takes
+    64. If the result is much wider than X, it takes only 30 µs to copy X and M and
+    compute one longer product instead:
 
         X M + u C = [X u] [M]
                           [C]
@@ -546,16 +558,16 @@ def transposed_product(g, u):
     return g.t() @ u
 
 
-def folded(W, A, sBt):
-    """W + s B A (out, in) in the dtype of A.
+def folded(W, A_cast, sBt):
+    """W + s B A (out, in) in the dtype of A_cast.
 
-    B A is computed in the dtype of A, the sum in that of W.
+    s B A is computed in that dtype, the sum in that of W.
     """
-    if W.dtype == A.dtype:
-        return torch.addmm(W, sBt.t(), A)
-    BA = sBt.t() @ A
-    result = torch.empty_like(W, dtype=A.dtype)
-    return torch.add(W, BA, out=result)         # rounded as it is written
+    if W.dtype == A_cast.dtype:
+        return torch.addmm(W, sBt.t(), A_cast)
+    sBA = sBt.t() @ A_cast
+    result = torch.empty_like(W, dtype=A_cast.dtype)
+    return torch.add(W, sBA, out=result)        # one kernel, which rounds what it stores
 
 
 def product_applies(layer, x):
@@ -577,14 +589,14 @@ def product_applies(layer, x):
 
 
 def dtypes_fit(layer, x):
-    """Whether the product's dtype is that of nn.Linear."""
+    """Whether LoRAProduct returns the dtype that nn.Linear would return."""
     if torch.is_autocast_enabled(x.device.type):
         return layer.weight.dtype != torch.float64      # autocast leaves float64 alone
     return x.dtype == layer.weight.dtype
 
 
 def is_transformed():
-    """Whether torch.func, forward-mode derivatives or torch.export look into a Function."""
+    """Whether torch.func, forward-mode derivatives or torch.export must trace a Function."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     # torch.compile takes LoRAProduct as it is; torch.export, without it, looks inside.
@@ -684,10 +696,10 @@ def conv1d_class():
 
 
 def mask_ranks(h, rank_mask):
-    """Zero, in each row of h (B, ..., r), the ranks of adapters that the row does not use.
+    """Zero, in each row of h (rows, ..., r), the ranks of adapters that the row does not use.
 
     The rows of a batch may use different adapters, whose A and B are stacked
-    (lab/adapters.py). rank_mask (B, r) is 1 for the ranks of the row's own adapter,
+    (lab/adapters.py). rank_mask (rows, r) is 1 for the ranks of the row's own adapter,
     else 0. Returns h's shape; a batch of one row is repeated for every row of the mask.
     Raises ValueError if the batch has another number of rows.
     """
@@ -698,7 +710,7 @@ def mask_ranks(h, rank_mask):
             f"for {rows} rows; pass that many, or call adapters.use(...) again"
         )
     while rank_mask.dim() < h.dim():
-        rank_mask = rank_mask.unsqueeze(1)              # (B, 1, r)
+        rank_mask = rank_mask.unsqueeze(1)              # (rows, 1, r)
     return h * rank_mask
 
 
@@ -795,7 +807,7 @@ def adaptable(model, lora_classes):
 
 
 def check_can_adapt(model, path, lora_classes):
-    """Raises ValueError if LoRA on a module would be lost, or change other modules."""
+    """Raises ValueError if LoRA on a module would have no effect, or change other modules."""
     reason = reason_against_lora(model, path, lora_classes)
     if reason is not None:
         raise ValueError(f"{path} cannot be adapted: {reason}")
@@ -834,7 +846,7 @@ def reason_against_parent(parent):
 
 
 def reason_against_parameters(model, module):
-    """Why the parameters of a module cannot have an update beside them, or None."""
+    """Why the parameters of a module cannot be adapted, or None."""
     weight = module._parameters.get("weight")
     bias_is_computed = hasattr(module, "bias") and "bias" not in module._parameters
     if weight is None or bias_is_computed:
@@ -862,7 +874,7 @@ def weight_uses(model):
     return uses
 
 
-# ---- exchanging a layer ------------------------------------------------------------
+# ---- replacing a layer -------------------------------------------------------------
 
 # What a LoRA layer sets itself. An attribute of the old layer with such a name is not kept.
 LORA_ATTRIBUTES = ("scaling", "r", "alpha", "dropout", "use_rslora", "fast")

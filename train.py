@@ -14,7 +14,7 @@ Train a small GPT, then tune it to a style: fully, and with LoRA. The commands:
 `python train.py COMMAND --help` lists the flags. Each command is also a function:
 from Python, call pretrain("tales", "out/base", steps=300). (sample and merge are in
 lab/models.py.) Pretraining, full fine-tuning and LoRA are the same loop, train();
-they differ in which parameters train. Without what surrounds it, the loop is
+they differ in which parameters train. Reduced to its core, the loop is
 
     for n in range(steps):
         x, y = batches[n]
@@ -67,10 +67,11 @@ def train(model, corpus, settings, dir, resume=False, watch=None, save_every=0):
     """Train every parameter with requires_grad, and keep the best weights.
 
     Checkpoints go to `dir` every save_every steps (0: never), and `resume` continues
-    from one. Returns the curve, a list of {"step", "seconds" of training, "loss" in
-    nats per token, "bpb", "skipped" steps until then}; `watch` is called with each of
-    its points. Raises lab.progress.Stopped after Ctrl-C, and ArithmeticError if the
-    gradients of several steps in a row are not finite.
+    from one. Returns the curve: a point for each evaluation, {"step", "seconds", "loss",
+    "bpb", "skipped"}, where seconds are those of training so far, the loss is in nats
+    per token, and skipped counts the steps skipped so far. `watch(point)` is called for
+    each. Raises lab.progress.Stopped after Ctrl-C, and ArithmeticError if the gradients
+    of several steps in a row are not finite.
     """
     step = Step(model, settings)
     take_step = captured(step)              # as a CUDA graph if possible, else step itself
@@ -106,8 +107,8 @@ class Step:
         self.device = next(model.parameters()).device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         callable_model = prepare(model, settings)
-        # On one GPU, averaging.call is the model, and the rest of it does nothing.
-        # With several, it averages their gradients (lab/parallel.py).
+        # On one device averaging.call just calls the model, and its other methods do
+        # nothing. With several, it averages their gradients (lab/parallel.py).
         trained = list(self.trained.values())
         self.averaging = parallel.Averaging(callable_model, trained, settings.fsdp)
         self.can_be_captured = can_be_captured(settings, self.device)
@@ -157,8 +158,9 @@ class Step:
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
         bad = ~norm.isfinite()      # a tensor: an `if` would make the CPU wait for the GPU
         self.skipped += bad
-        # A step skipped only to lower the scale of a float16 loss does not count.
-        self.skipped_in_a_row += self.loss_scale.is_at_its_smallest()
+        # In float16 a bad step counts only if the scale of the loss cannot be lowered.
+        counts = bad & self.loss_scale.is_at_its_smallest()
+        self.skipped_in_a_row += counts
         self.skipped_in_a_row *= bad            # back to 0 after a good step
         self.loss_scale.update(bad)
         for optimizer in self.optimizers:
@@ -194,7 +196,8 @@ def can_be_captured(settings, device):
     """Whether a step can be a CUDA graph: see lab/capture.py."""
     if device.type != "cuda" or not settings.graph:
         return False
-    # A graph replays the work of the GPU alone, not the hook that counts DDP's bytes.
+    # A graph replays the work of the GPU alone. With several processes there is also a
+    # Python function in each step, which counts the bytes that are sent.
     return parallel.world() == 1
 
 
@@ -252,7 +255,8 @@ def pretrain(data, out, preset=None, prompt=PROMPT, device=None, resume=NEVER, f
 
     data        a built-in text (tales, pirate, bard, noir), a UTF-8 file or a URL
     preset      the shape, a key of gpt.PRESETS; by default what suits the device
-    resume      what to do about an interrupted run in `out`: lab.runs.MUST, MAY or NEVER
+    resume      an interrupted run in `out`: lab.runs.MUST continues it, and raises an error
+                if there is none; MAY continues it if there is one; NEVER raises an error
     fresh       start over, replacing the run in `out`
     cache_dir   for token files and downloads; by default `out`
     chosen      fields of lab.settings.Settings, which override the recipe's
@@ -385,7 +389,7 @@ def compare(base, data, out, base_data=None, prompt=PROMPT, device=None, **optio
         "after full fine-tuning": tuned["full"],
         "after LoRA": tuned["lora"],
     }, encoding, prompt)
-    peak = process_peak(device)             # before the steps that are measured come on top
+    peak = process_peak(device)             # now: the steps measured below would raise it
     config = base_model.config
     del base_model, tuned                   # they make room for those steps
     costs, predicted = comparison.measure_runs(

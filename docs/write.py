@@ -77,20 +77,22 @@ def three_numbers():
     """What LoRA saves, in three numbers with their conditions."""
     methods = read_json("comparison.json")["methods"]
     full_disk, lora_disk = (methods[name]["checkpoint_bytes"] for name in ("full", "lora"))
-    full_xl = peers_row("full, chunked loss", "gpt2-xl", "captured", recompute=True)
-    lora_xl = peers_row("ours", "gpt2-xl", "captured", recompute=True)
+    xl = steps_of_xl(recompute=True)
+    full_peak, lora_peak, bfloat16_peak = (
+        xl[base]["peak_bytes"] for base in ("full", "float32", "bfloat16")
+    )
     full_124 = peers_row("full, chunked loss", "gpt2", "captured")
     lora_124 = peers_row("ours, float32 base", "gpt2", "captured")
     full_ms, lora_ms = full_124["step_ms"], lora_124["step_ms"]
-    full_peak, lora_peak = full_xl["peak_bytes"], lora_xl["peak_bytes"]
     return markdown([
         ("measured", "full fine-tuning", "LoRA", "", "condition"),
         ("an adapter on disk", size(full_disk), size(lora_disk),
          f"{full_disk / lora_disk:.0f} × smaller", "the 1M model of the run below"),
         ("memory of a step", size(full_peak), size(lora_peak),
          f"{full_peak / lora_peak:.1f} × less",
-         f"GPT-2 XL, 1 × 1024 tokens, {machine_of(full_xl)}, blocks recomputed. Not quite like "
-         "for like: only a frozen base, LoRA's, can be stored in bfloat16"),
+         f"GPT-2 XL, 1 × 1024 tokens, {machine_of(xl['full'])}, blocks recomputed. A frozen base "
+         f"can also be stored in bfloat16: {size(bfloat16_peak)}, "
+         f"{full_peak / bfloat16_peak:.1f} × less"),
         ("time of a step", f"{full_ms:.1f} ms", f"{lora_ms:.1f} ms",
          f"{full_ms / lora_ms:.2f} × faster",
          f"GPT-2 124M, 8 × 1024 tokens, {machine_of(full_124)}, with the backward pass of "
@@ -103,7 +105,7 @@ def like_for_like():
     rows = [("model", "machine, step", "base in float32", "base in bfloat16", "PEFT ÷ ours")]
     for shape, mode, recompute in (
         ("tiny", "eager", False), ("small", "captured", False), ("gpt2", "captured", False),
-        ("gpt2", "compiled", False), ("gpt2-xl", "captured", True),
+        ("gpt2", "compiled", False),
     ):
         full = peers_row("full, chunked loss", shape, mode, recompute)
         if full is None:
@@ -121,6 +123,11 @@ def like_for_like():
             advantage(full, in_float32), advantage(full, ours),
             f"{peft['step_ms'] / fastest:.2f}" if peft else "",
         ))
+    xl = steps_of_xl(recompute=True)
+    rows.append((
+        f"{NAMES['gpt2-xl']}, 1 × 1024", f"{machine_of(xl['full'])}, captured, recomputed",
+        advantage(xl["full"], xl["float32"]), advantage(xl["full"], xl["bfloat16"]), "",
+    ))
     return markdown(rows)
 
 
@@ -159,11 +166,17 @@ def result_of(*path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def steps_of_xl(recompute):
+    """{base: what bench/nf4.py measured of a step of GPT-2 XL, with the device}."""
+    name = "h200-xl-recompute.json" if recompute else "h200-xl.json"
+    result = result_of("nf4", name)
+    return {row["base"]: {**row, "device": result["device"]} for row in result["rows"]}
+
+
 def billion_parameters():
     """GPT-2 XL in less and less memory: a step, and the whole command."""
-    steps = result_of("nf4", "h200-xl-recompute.json")
     commands = result_of("nf4", "h200-command.json")
-    peaks = {row["base"]: row["peak_bytes"] for row in steps["rows"]}
+    steps = steps_of_xl(recompute=True)
     whole = {row["base"]: row for row in commands["rows"]}
     rows = [("GPT-2 XL, 1 × 1024 tokens, recomputed", "a step", "the whole command",
              "reserved by torch")]
@@ -175,27 +188,22 @@ def billion_parameters():
         if base in whole:
             kinds = ("gpu_allocated_bytes", "gpu_reserved_bytes")
             command = tuple(size(whole[base][kind]) for kind in kinds)
-        rows.append((name, size(peaks[base]), *command))
+        rows.append((name, size(steps[base]["peak_bytes"]), *command))
     return markdown(rows)
 
 
 def cost_of_gpt2():
     """A step of GPT-2 and GPT-2 XL on a GPU: time and memory of both methods."""
     rows = [("model, batch", "flags", "full fine-tuning", "LoRA")]
-    for shape, library, recompute, flags in (
-        ("gpt2", "full, chunked loss", False, ""),
-        ("gpt2", "full, chunked loss", True, "`--recompute`"),
-        ("gpt2-xl", "full", False, ""),
-        ("gpt2-xl", "full, chunked loss", True, "`--recompute`"),
-    ):
-        full = peers_row(library, shape, "captured", recompute)
-        lora = peers_row("ours", shape, "captured", recompute)
-        batch = SHAPES[shape].rpartition(", ")[2]
-        rows.append((f"{NAMES[shape]}, {batch}", flags, cost(full), cost(lora)))
-    for row in result_of("nf4", "h200-xl-recompute.json")["rows"]:
-        if row["base"] == "nf4":
-            name = f"{NAMES['gpt2-xl']}, 1 × 1024"
-            rows.append((name, "`--recompute --base-dtype nf4`", "", cost(row)))
+    for recompute, flags in ((False, ""), (True, "`--recompute`")):
+        full = peers_row("full, chunked loss", "gpt2", "captured", recompute)
+        lora = peers_row("ours", "gpt2", "captured", recompute)
+        rows.append((f"{NAMES['gpt2']}, 8 × 1024", flags, cost(full), cost(lora)))
+    xl = f"{NAMES['gpt2-xl']}, 1 × 1024"
+    for recompute, flags in ((False, ""), (True, "`--recompute`")):
+        steps = steps_of_xl(recompute)
+        rows.append((xl, flags, cost(steps["full"]), cost(steps["bfloat16"])))
+    rows.append((xl, "`--recompute --base-dtype nf4`", "", cost(steps["nf4"])))
     return markdown(rows)
 
 

@@ -1,16 +1,16 @@
 """
-The cross-entropy of a language model without its logits: computed for a few tokens at a time.
+The cross-entropy of a language model, without holding all of its logits at a time.
 
 The logits are the largest tensor of a training step. For 8 × 1024 tokens and 50,257
 vocabulary entries they are 1.6 GB in float32, and a plain loss makes several tensors
-of that size. Here only one chunk of them exists at a time. The gradient of a chunk is
-known as soon as the chunk is,
+of that size. Here only a chunk of them, the logits of a few tokens, exists at a time.
+As soon as they are computed, their gradient is known, too:
 
-    ∂loss/∂logits = softmax(logits) - onehot(target),
+    ∂loss/∂logits = softmax(logits) - onehot(target)
 
-so the forward pass turns it into the gradients of the hidden states and of the head at
-once, and forgets the chunk. The backward pass only scales these gradients. A frozen
-head, as under LoRA, gets none. (The same idea is in the Liger Kernel, Hsu et al. 2024,
+So the forward pass also computes the gradients of the hidden states and of the head,
+chunk by chunk, and frees each chunk. The backward pass only scales these gradients. A
+frozen head, as under LoRA, gets none. (The same idea is in the Liger Kernel, Hsu et al. 2024,
 and in Cut Cross-Entropy, Wijmans et al. 2024.)
 
     model.loss = functools.partial(chunked_loss, chunk=2**24)
@@ -31,9 +31,10 @@ def chunked_loss(x, head, targets, chunk, compile=False):
     """The mean cross-entropy in nats, for about `chunk` logits at a time.
 
     x (..., C) are the hidden states, head is an nn.Linear without bias whose weight
-    is (V, C), targets (...) int64, where -100 is ignored. A chunk is a multiple of 8
-    tokens. compile: compile what is done with the logits of a chunk. Returns (None,
-    loss): there are no logits, and the loss () is float32, or float64 if x is.
+    is (V, C), targets (...) int64, where -100 is ignored. A chunk has chunk / V tokens,
+    rounded down to a multiple of 8, but at least 8. compile: compile what is done with
+    the logits of a chunk. Returns (None, loss): there are no logits, and the loss () is
+    float32, or float64 if x is.
     """
     wants_gradients = torch.is_grad_enabled()       # inside a Function's forward it is always off
     loss = ChunkedLoss.apply(
@@ -51,14 +52,14 @@ class ChunkedLoss(torch.autograd.Function):
         dtype = x.dtype                             # of the products
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        precise = torch.float32 if dtype.itemsize < 4 else dtype    # for sums and logarithms
+        sum_dtype = torch.float32 if dtype.itemsize < 4 else dtype
         with torch.autocast(device, enabled=False):
             valid = targets != IGNORED
             n_valid = valid.sum()
             targets = targets.where(valid, 0)[:, None]      # (N, 1)
-            x_low = x.to(dtype)
-            W_low = padded_to_multiple_of_8(W.to(dtype))    # (V + padding, C)
-            loss = torch.zeros((), dtype=precise, device=x.device)
+            x_cast = x.to(dtype)
+            W_cast = padded_to_multiple_of_8(W.to(dtype))    # (V + padding, C)
+            loss = torch.zeros((), dtype=sum_dtype, device=x.device)
             dx = []                                         # a part for each chunk
             head_trains = wants_gradients and ctx.needs_input_grad[1]
             dW = torch.zeros_like(W) if head_trains else None
@@ -69,13 +70,13 @@ class ChunkedLoss(torch.autograd.Function):
             rows = max(8, chunk // V // 8 * 8)              # n
             for start in range(0, len(x), rows):
                 part = slice(start, start + rows)
-                logits = without_padding(x_low[part] @ W_low.t(), V)    # (n, V + padding)
-                losses, d_logits = compute(logits, targets[part], precise)
+                logits = mask_padding(x_cast[part] @ W_cast.t(), V)    # (n, V + padding)
+                losses, d_logits = compute(logits, targets[part], sum_dtype)
                 loss += (losses * valid[part]).sum()
                 if wants_gradients:
-                    dx.append(d_logits @ W_low)             # of ignored tokens, too
+                    dx.append(d_logits @ W_cast)             # of ignored tokens, too
                 if head_trains:
-                    x_valid = x_low[part] * valid[part, None]
+                    x_valid = x_cast[part] * valid[part, None]
                     dW += (d_logits.t() @ x_valid)[:V]
                 logits = d_logits = None                # freed before the next ones are made
             if wants_gradients:
@@ -103,16 +104,14 @@ def padded_to_multiple_of_8(W):
     """W (V, C) -> (V rounded up to a multiple of 8, C), filled with rows of zeros.
 
     GPT-2's V of 50,257 misaligns the matrix products: without padding they took 15 of
-    the 39 ms of a 124M step on an H200. See without_padding.
+    the 39 ms of a 124M step on an H200. See mask_padding.
     """
     missing = -len(W) % 8
     return F.pad(W, (0, 0, 0, missing)) if missing else W
 
 
-def without_padding(logits, V):
-    """The logits (n, V + padding) with -inf as those of the padding: probability 0."""
-    if logits.size(1) == V:
-        return logits
+def mask_padding(logits, V):
+    """Set the padding of the logits (n, V + padding) to -inf, so that softmax makes it 0."""
     logits[:, V:] = -math.inf
     return logits
 
@@ -120,11 +119,11 @@ def without_padding(logits, V):
 def losses_and_gradients(logits, targets, dtype):
     """The cross-entropies (n,) in `dtype`, and ∂loss/∂logits = softmax(logits) - onehot(targets).
 
-    The largest probability is exp(largest logit - log Σ exp(logits)). So softmax's
-    result has the sum, and no float32 copy of the logits is needed to find it. That
-    probability is never less than 1/V, so its logarithm is safe. In bfloat16 it is
-    rounded by up to 0.2%, which moves the loss of a token by up to 0.002 nats, up or
-    down.
+    The loss of a token is log Σ exp(logits) - logits[target]. The sum need not be
+    computed again: the largest probability p is exp(largest logit) / Σ exp(logits), so
+    log Σ exp(logits) = largest logit - log p. p is at least 1/V, so log p is safe. In
+    bfloat16 p is rounded by up to 0.2%, which moves the loss of a token by up to 0.002
+    nats, up or down.
     """
     P = logits.softmax(dim=1)                               # (n, V + padding)
     largest_logits = logits.amax(dim=1).to(dtype)           # (n,)
