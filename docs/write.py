@@ -86,7 +86,7 @@ def three_numbers():
     full_ms, lora_ms = full_124["step_ms"], lora_124["step_ms"]
     return markdown([
         ("measured", "full fine-tuning", "LoRA", "", "condition"),
-        ("an adapter on disk", size(full_disk), size(lora_disk),
+        ("size on disk", size(full_disk), size(lora_disk),
          f"{full_disk / lora_disk:.0f} × smaller", "the 1M model of the run below"),
         ("memory of a step", size(full_peak), size(lora_peak),
          f"{full_peak / lora_peak:.1f} × less",
