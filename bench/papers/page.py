@@ -126,14 +126,18 @@ def rules(results, page=""):
 
     `page` is the address of claims.md.
     """
-    lines = ["| choice | rule of thumb | claims that were tested |", "|---|---|---|"]
+    lines = [
+        "| choice | rule of thumb | claims of papers, and what came of them here |",
+        "|---|---|---|",
+    ]
     for name, (text, claims) in RULES.items():
         links = []
         for id in claims:
             if id in results["claims"]:
-                word = verdict_of(by_name(id), results["claims"][id]).word
-                links.append(f"[{id}]({page}#{id}): {word}")
-        lines.append(f"| {name} | {text} | {'; '.join(links) or 'not tested yet'} |")
+                claim = by_name(id)
+                word = verdict_of(claim, results["claims"][id]).word
+                links.append(f"[{claim.sentence}]({page}#{id}) **{word}**")
+        lines.append(f"| {name} | {text} | {'<br>'.join(links) or 'not tested yet'} |")
     return "\n".join(lines)
 
 
