@@ -7,7 +7,7 @@ import torch
 import lab.chunked_loss
 from conftest import make_gpt
 from gpt import plain_loss
-from lab.chunked_loss import ChunkedLoss, chunked_loss, losses_and_gradients
+from lab.chunked_loss import ChunkedLoss, chunked_loss, losses_and_gradients, mask_padding
 from lab.measure import LiveBytes
 
 
@@ -112,11 +112,11 @@ def test_in_a_compiled_model_the_chunked_loss_has_the_same_gradients(idx, head):
     torch.testing.assert_close(compiled_loss, loss, atol=1e-5, rtol=1e-5)
     assert gradients.keys() == compiled_gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(compiled_gradients[name], gradient, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(compiled_gradients[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_what_is_done_with_the_logits_compiles_without_a_break():
-    logits = torch.randn(26, 97)
+    logits = mask_padding(torch.randn(26, 104), 97)
     targets = torch.randint(97, (26, 1))
     expected = losses_and_gradients(logits, targets, torch.float32)
     torch.compiler.reset()

@@ -668,12 +668,10 @@ def test_the_readme_gets_the_rules_between_its_markers(mini):
     assert after.startswith(before.split("<!-- made by bench/claims_page.py")[0])
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="there are no results yet")
 def test_the_committed_texts_are_those_of_the_results(capsys):
     assert command("claims_page").main(["--check"]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="there are no results yet")
 def test_the_committed_verdicts_follow_from_their_numbers():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert results["scale"] == "full"

@@ -224,9 +224,7 @@ def assert_survives_the_file_and_peft(model, make_net, x, dir):
         loaded = other.get_submodule(path)
         assert (loaded.r, loaded.alpha) == (layer.r, layer.alpha)
     theirs = peft.PeftModel.from_pretrained(make_net(), dir)
-    # The layers of a net multiply the rounding errors of one another, as they do its outputs.
-    scale = model(x).abs().max().item()
-    torch.testing.assert_close(theirs(x), model(x), atol=1e-5 * max(1, scale), rtol=0)
+    torch.testing.assert_close(theirs(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 def test_layers_of_different_rank_and_alpha_survive_the_file_and_peft(tmp_path):
@@ -257,7 +255,7 @@ def test_names_with_regular_expression_characters_survive_the_file_and_peft(tmp_
     model = oddly_named_net()
     for i, name in enumerate(ODD_NAMES):
         apply_lora(model, r=1 + i % 3, alpha=2 + i, target_modules=[name])
-    fill_lora(model, std=0.5)
+    fill_lora(model)        # small numbers: many layers multiply rounding errors, too
     x = torch.randn(5, 8)
     assert_survives_the_file_and_peft(model, oddly_named_net, x, tmp_path)
 
