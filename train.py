@@ -33,7 +33,6 @@ and models with different tokenizers can be compared. The held-out text also sel
 the best weights, so it is a validation set.
 """
 import math
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -186,9 +185,7 @@ def prepare(model, settings):
     model.recompute = settings.recompute
     model.loss = plain_loss
     if settings.loss_chunk:
-        model.loss = partial(
-            chunked_loss, chunk=settings.loss_chunk, compile=settings.compile
-        )
+        model.loss = partial(chunked_loss, chunk=settings.loss_chunk, compile=settings.compile)
     return torch.compile(model) if settings.compile else model
 
 
@@ -210,7 +207,7 @@ def autocast(model, dtype):
     weight = next(model.parameters())
     dtype = getattr(torch, dtype)
     if dtype == torch.float32 or weight.dtype != torch.float32:
-        return nullcontext()
+        return torch.autocast(weight.device.type, enabled=False)
     return torch.autocast(weight.device.type, dtype)
 
 

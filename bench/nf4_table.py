@@ -20,14 +20,13 @@ from gpt import GPT, GPTConfig
 from lab.console import size
 from lab.nf4 import LAYERS, quantize_linears
 from lab.predict import predict_memory
-from lab.settings import Settings
+from lab.settings import Settings, default_loss_chunk
 from lora_minimal import apply_lora
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "four_bits.md"
 RESULTS = ROOT / "bench" / "results" / "nf4"
 PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-CHUNK = 2**25           # logits that the loss computes at once on CUDA
 
 
 def tables():
@@ -84,8 +83,8 @@ def adapted_model(preset, nf4):
 def prediction(model, recompute):
     """{kind: bytes} of a training step."""
     settings = Settings(
-        steps=1, batch_size=1, block_size=1024, lr=1e-4, dtype="bfloat16", loss_chunk=CHUNK,
-        recompute=recompute,
+        steps=1, batch_size=1, block_size=1024, lr=1e-4, dtype="bfloat16",
+        loss_chunk=default_loss_chunk("cuda", head_trains=False), recompute=recompute,
     )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     step = SimpleNamespace(model=model, settings=settings, trained=trained)

@@ -56,7 +56,7 @@ torch._dynamo.config.fail_on_recompile_limit_hit = True
 # GPT-2's 50,257 entries, filled up to a multiple of 64 as in nanoGPT. It makes the plain
 # loss faster.
 PADDED_VOCABULARY = 50304
-PLAIN_LOSS = 0          # the loss_chunk of a loss that is not computed in chunks
+PLAIN_LOSS, CHUNKED_LOSS = False, True
 
 
 # ---- the competitors -----------------------------------------------------------------------------
@@ -76,39 +76,39 @@ class NaiveLoRA(nn.Module):
         return self.base(x) + ALPHA / R * (x @ self.A.T @ self.B.T)
 
 
-# Each of these functions returns a model on args.device, and the loss_chunk for its loss.
+# Each of these functions returns a model on args.device, and whether its loss is in chunks.
 
-def full(args, targets, mode):
+def full(args, targets):
     return new_gpt(args), PLAIN_LOSS
 
 
-def full_with_chunked_loss(args, targets, mode):
-    return new_gpt(args), chunk_of(args, mode, head_trains=True)
+def full_with_chunked_loss(args, targets):
+    return new_gpt(args), CHUNKED_LOSS
 
 
-def naive(args, targets, mode):
+def naive(args, targets):
     return replace_linears(new_gpt(args), targets, NaiveLoRA), PLAIN_LOSS
 
 
-def with_peft(args, targets, mode):
+def with_peft(args, targets):
     config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets)
     return peft.get_peft_model(new_gpt(args), config), PLAIN_LOSS
 
 
-def with_loralib(args, targets, mode):
+def with_loralib(args, targets):
     return replace_linears(new_gpt(args), targets, loralib_linear), PLAIN_LOSS
 
 
-def ours_with_float32_base(args, targets, mode):
-    return ours(args, targets, mode, torch.float32)
+def ours_with_float32_base(args, targets):
+    return ours(args, targets, torch.float32)
 
 
-def ours(args, targets, mode, base_dtype=None):
+def ours(args, targets, base_dtype=None):
     if base_dtype is None:
         base_dtype = torch.bfloat16 if on_cuda(args) else torch.float32
     model = new_gpt(args).to(base_dtype)
     apply_lora(model, r=R, alpha=ALPHA, target_modules=targets)
-    return model, chunk_of(args, mode, head_trains=False)
+    return model, CHUNKED_LOSS
 
 
 FULL = {"full": full, "full, chunked loss": full_with_chunked_loss}
@@ -134,7 +134,9 @@ def config_of(shape):
     return GPTConfig.preset(shape, **changes)
 
 
-def chunk_of(args, mode, head_trains):
+def chunk_of(args, mode, model):
+    """The loss_chunk for a model whose loss is in chunks."""
+    head_trains = model.lm_head.weight.requires_grad
     default = default_loss_chunk(args.device, head_trains, compile=mode == "compiled")
     return args.loss_chunk or default
 
@@ -191,7 +193,8 @@ def measure(args, mode):
     steps, peaks = {}, {}
     bar = tqdm(competitors(args).items(), f"{mode}: preparing", disable=None, leave=False)
     for (library, targets), make in bar:
-        model, chunk = make(args, TARGETS.get(targets), mode)
+        model, is_chunked = make(args, TARGETS.get(targets))
+        chunk = chunk_of(args, mode, model) if is_chunked else 0
         step = Step(model.train(), step_settings(args, mode, chunk))
         peaks[library, targets] = measure_memory(step, x, y)["peak"]
         steps[library, targets] = captured(step)

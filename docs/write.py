@@ -119,13 +119,13 @@ def like_for_like():
         fastest = min((row["step_ms"] for row in (in_float32, ours) if row), default=None)
         step = f"{mode}, recomputed" if recompute else mode
         rows.append((
-            f"{NAMES[shape]}, {SHAPES[shape].rpartition(', ')[2]}", f"{machine}, {step}",
+            SHAPES[shape], f"{machine}, {step}",
             advantage(full, in_float32), advantage(full, ours),
             f"{peft['step_ms'] / fastest:.2f}" if peft else "",
         ))
     xl = steps_of_xl(recompute=True)
     rows.append((
-        f"{NAMES['gpt2-xl']}, 1 × 1024", f"{machine_of(xl['full'])}, captured, recomputed",
+        SHAPES["gpt2-xl"], f"{machine_of(xl['full'])}, captured, recomputed",
         advantage(xl["full"], xl["float32"]), advantage(xl["full"], xl["bfloat16"]), "",
     ))
     return markdown(rows)
@@ -195,15 +195,17 @@ def billion_parameters():
 def cost_of_gpt2():
     """A step of GPT-2 and GPT-2 XL on a GPU: time and memory of both methods."""
     rows = [("model, batch", "flags", "full fine-tuning", "LoRA")]
-    for recompute, flags in ((False, ""), (True, "`--recompute`")):
+    flags = {False: "", True: "`--recompute`"}
+    for recompute in flags:
         full = peers_row("full, chunked loss", "gpt2", "captured", recompute)
         lora = peers_row("ours", "gpt2", "captured", recompute)
-        rows.append((f"{NAMES['gpt2']}, 8 × 1024", flags, cost(full), cost(lora)))
-    xl = f"{NAMES['gpt2-xl']}, 1 × 1024"
-    for recompute, flags in ((False, ""), (True, "`--recompute`")):
-        steps = steps_of_xl(recompute)
-        rows.append((xl, flags, cost(steps["full"]), cost(steps["bfloat16"])))
-    rows.append((xl, "`--recompute --base-dtype nf4`", "", cost(steps["nf4"])))
+        rows.append((SHAPES["gpt2"], flags[recompute], cost(full), cost(lora)))
+    for recompute in flags:
+        xl = steps_of_xl(recompute)
+        cells = cost(xl["full"]), cost(xl["bfloat16"])
+        rows.append((SHAPES["gpt2-xl"], flags[recompute], *cells))
+    nf4 = steps_of_xl(recompute=True)["nf4"]
+    rows.append((SHAPES["gpt2-xl"], "`--recompute --base-dtype nf4`", "", cost(nf4)))
     return markdown(rows)
 
 

@@ -58,7 +58,7 @@ class ChunkedLoss(torch.autograd.Function):
             n_valid = valid.sum()
             targets = targets.where(valid, 0)[:, None]      # (N, 1)
             x_cast = x.to(dtype)
-            W_cast = padded_to_multiple_of_8(W.to(dtype))    # (V + padding, C)
+            W_cast = padded_to_multiple_of_8(W.to(dtype))   # (V + padding, C)
             loss = torch.zeros((), dtype=sum_dtype, device=x.device)
             dx = []                                         # a part for each chunk
             head_trains = wants_gradients and ctx.needs_input_grad[1]
@@ -74,7 +74,7 @@ class ChunkedLoss(torch.autograd.Function):
                 losses, d_logits = compute(logits, targets[part], sum_dtype)
                 loss += (losses * valid[part]).sum()
                 if wants_gradients:
-                    dx.append(d_logits @ W_cast)             # of ignored tokens, too
+                    dx.append(d_logits @ W_cast)            # of ignored tokens, too
                 if head_trains:
                     x_valid = x_cast[part] * valid[part, None]
                     dW += (d_logits.t() @ x_valid)[:V]
